@@ -56,7 +56,7 @@ impl Around for TraceLayer {
 
 /// What is behind an error, outermost first. By hand, because not every subscriber follows the sources of an error.
 fn causes(error: &Error) -> Option<String> {
-    let causes: Vec<_> = successors(error.source(), |cause| cause.source()).map(ToString::to_string).collect();
+    let causes: Vec<_> = successors(error.source(), |&cause| cause.source()).map(ToString::to_string).collect();
     (!causes.is_empty()).then(|| causes.join(": "))
 }
 
