@@ -213,6 +213,12 @@ impl Error {
         self
     }
 
+    /// Adds to the text for people, in brackets: what a layer did about the error.
+    pub fn with_note(mut self, note: impl fmt::Display) -> Self {
+        self.0.message = format!("{} ({note})", self.0.message);
+        self
+    }
+
     /// Keeps the cause for the log. It never crosses the wire.
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
         self.0.source = Some(Arc::from(source.into()));
