@@ -7,7 +7,7 @@ use std::{
 };
 
 use ocr_core::{Error, ErrorKind, Retry};
-use tonic::{Code, Status};
+use tonic::{Code, Response, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt as _};
 
 use crate::CallId;
@@ -72,6 +72,11 @@ pub fn status(error: &Error, call: &CallId) -> Status {
         details.set_retry_info(Some(RETRY_DELAY));
     }
     Status::with_error_details(code, message, details)
+}
+
+/// A call's reply.
+pub(crate) fn answer<T>(call: &CallId, result: ocr_core::Result<T>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(|error| status(&error, call))
 }
 
 fn retry(retry: Retry) -> &'static str {
