@@ -1,7 +1,7 @@
 //! The `ocr.v1` services: looking at machines and installs, and reconciling.
 
 #[allow(missing_docs, unreachable_pub, clippy::all, unused_qualifications, reason = "generated")]
-mod generated {
+pub(crate) mod generated {
     include!(concat!(env!("OUT_DIR"), "/ocr.v1.rs"));
 }
 
@@ -10,73 +10,82 @@ use ocr_core::{
     exec::{Executor, InstallRecord},
     lifecycle::Deployer,
 };
-use tonic::{Request, Response, Status, async_trait};
+use tonic::{Request, Response, Status};
 
 pub use self::generated::*;
-use crate::status::to_status;
+use crate::{CallId, status::answer};
 
-/// [`machines_server::Machines`] over a [`Deployer`].
+/// `ocr.v1.Machines`. It translates; the deployer decides.
 #[derive(Clone, Debug)]
-pub struct MachinesService {
+pub struct Machines {
     deployer: Deployer,
 }
 
-impl MachinesService {
-    /// Serves this deployer's machines.
+impl Machines {
+    /// The service over this deployer.
     pub fn new(deployer: Deployer) -> Self {
         Self { deployer }
     }
 }
 
-#[async_trait]
-impl machines_server::Machines for MachinesService {
+#[tonic::async_trait]
+impl machines_server::Machines for Machines {
     async fn list(&self, request: Request<ListMachinesRequest>) -> Result<Response<ListMachinesResponse>, Status> {
-        let scope = request
-            .into_inner()
-            .scope
-            .map(|scope| CoreScope::new(scope.exercise, scope.deployment))
-            .transpose()
-            .map_err(to_status)?;
-        let machines = self.deployer.list(scope.as_ref()).await.map_err(to_status)?;
-        Ok(Response::new(ListMachinesResponse { machines: machines.into_iter().map(Machine::from).collect() }))
+        let call = CallId::given(&request);
+        let done = async {
+            let scope = request.into_inner().scope;
+            let scope = scope.map(|scope| CoreScope::new(scope.exercise, scope.deployment)).transpose()?;
+            let machines = self.deployer.list(scope.as_ref()).await?;
+            Ok(ListMachinesResponse { machines: machines.into_iter().map(Machine::from).collect() })
+        };
+        answer(&call, done.await)
     }
 
     async fn get(&self, request: Request<GetMachineRequest>) -> Result<Response<Machine>, Status> {
-        let id: VmId = request.into_inner().id.parse().map_err(to_status)?;
-        Ok(Response::new(self.deployer.get(id).await.map_err(to_status)?.into()))
+        let call = CallId::given(&request);
+        let done = async { Ok(self.deployer.get(request.get_ref().id.parse()?).await?.into()) };
+        answer(&call, done.await)
     }
 
-    async fn reconcile(&self, _: Request<ReconcileRequest>) -> Result<Response<ReconcileResponse>, Status> {
-        let report = self.deployer.reconcile().await.map_err(to_status)?;
-        Ok(Response::new(ReconcileResponse {
-            ended: report.ended,
-            swept: report.swept.iter().map(ToString::to_string).collect(),
-            forgotten: report.forgotten,
-            failed: report.failed,
-        }))
+    async fn reconcile(&self, request: Request<ReconcileRequest>) -> Result<Response<ReconcileResponse>, Status> {
+        let call = CallId::given(&request);
+        let done = async {
+            let report = self.deployer.reconcile().await?;
+            Ok(ReconcileResponse {
+                ended: report.ended,
+                swept: report.swept.iter().map(ToString::to_string).collect(),
+                forgotten: report.forgotten,
+                failed: report.failed,
+            })
+        };
+        answer(&call, done.await)
     }
 }
 
-/// [`installs_server::Installs`] over an [`Executor`].
+/// `ocr.v1.Installs`. It translates; the executor decides.
 #[derive(Clone, Debug)]
-pub struct InstallsService {
+pub struct Installs {
     executor: Executor,
 }
 
-impl InstallsService {
-    /// Serves this executor's installs.
+impl Installs {
+    /// The service over this executor.
     pub fn new(executor: Executor) -> Self {
         Self { executor }
     }
 }
 
-#[async_trait]
-impl installs_server::Installs for InstallsService {
+#[tonic::async_trait]
+impl installs_server::Installs for Installs {
     async fn list(&self, request: Request<ListInstallsRequest>) -> Result<Response<ListInstallsResponse>, Status> {
-        let vm = request.into_inner().virtual_machine_id;
-        let vm = if vm.is_empty() { None } else { Some(vm.parse::<VmId>().map_err(to_status)?) };
-        let installs = self.executor.list(vm).await.map_err(to_status)?;
-        Ok(Response::new(ListInstallsResponse { installs: installs.into_iter().map(Install::from).collect() }))
+        let call = CallId::given(&request);
+        let done = async {
+            let vm = &request.get_ref().virtual_machine_id;
+            let vm = if vm.is_empty() { None } else { Some(vm.parse::<VmId>()?) };
+            let installs = self.executor.list(vm).await?;
+            Ok(ListInstallsResponse { installs: installs.into_iter().map(Install::from).collect() })
+        };
+        answer(&call, done.await)
     }
 }
 

@@ -1,12 +1,8 @@
 //! Connections to the servers.
 
-use std::time::Duration;
-
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::{args::Cli, output::Failure};
-
-const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Connects to the Machiner.
 ///
@@ -25,13 +21,7 @@ pub(crate) async fn executor(cli: &Cli) -> Result<Channel, Failure> {
 }
 
 async fn connect(server: &str, address: &str, setting: &str) -> Result<Channel, Failure> {
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|_| Failure::new(format!("{setting}: wants an address such as http://127.0.0.1:9000, got {address:?}")))?
-        .connect_timeout(CONNECT_DEADLINE)
-        .http2_keep_alive_interval(Duration::from_secs(20))
-        .keep_alive_while_idle(true);
-    endpoint.connect().await.map_err(|error| {
-        let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-        Failure::new(format!("the {server} at {address} cannot be reached: {cause}; is it running? ({setting})"))
+    ocr_grpc::client::connect(address).await.map_err(|error| {
+        Failure::new(format!("the {server} cannot be reached: {}; set its address with {setting}", error.message()))
     })
 }

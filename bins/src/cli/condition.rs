@@ -6,8 +6,9 @@ use futures::{StreamExt, stream::SelectAll};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use ocr_core::error::seconds;
 use ocr_grpc::{
-    proto::{Condition, Identifier, condition_service_client::ConditionServiceClient},
-    v1::{self, installs_client::InstallsClient},
+    client::{ConditionServiceClient, InstallsClient},
+    proto::{Condition, Identifier},
+    v1,
 };
 use serde_json::json;
 use tonic::{Streaming, transport::Channel};

@@ -12,11 +12,14 @@ use futures::StreamExt;
 use ocr_core::{
     ComputeBackend, ComputeBackendExt, GuestExecExt, ImageFilter, Owner, PowerAction, VmFilter, VmId, error::seconds,
 };
-use ocr_grpc::proto::{
-    Condition, ConditionStreamResponse, Configuration, DeployVirtualMachine, Feature, Identifier, Inject, MetaInfo,
-    Source, VirtualMachine, condition_service_client::ConditionServiceClient,
-    feature_service_client::FeatureServiceClient, inject_service_client::InjectServiceClient,
-    virtual_machine_service_client::VirtualMachineServiceClient,
+use ocr_grpc::{
+    client::{
+        self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient,
+    },
+    proto::{
+        Condition, ConditionStreamResponse, Configuration, DeployVirtualMachine, Feature, Identifier, Inject, MetaInfo,
+        Source, VirtualMachine,
+    },
 };
 use serde_json::json;
 use tokio::{
@@ -140,7 +143,9 @@ impl Stage {
                 (Servers::Processes(vec![machiner, executor]), one, two)
             }
         };
-        Ok(Self { backends, servers, machiner: connect(&machiner).await?, executor: connect(&executor).await? })
+        Ok(Self { backends, servers, machiner: client::connect(&format!("http://{machiner}")).await?,
+            executor: client::connect(&format!("http://{executor}")).await?,
+        })
     }
 }
 
@@ -177,12 +182,6 @@ async fn start_server(
         Some(address) => Ok((child, address.to_owned())),
         None => Err(Failure::new(format!("{name} ended before it listened; its reason is above"))),
     }
-}
-
-async fn connect(address: &str) -> Result<Channel, Failure> {
-    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{address}"))
-        .map_err(|error| Failure::new(format!("{address}: {error}")))?;
-    endpoint.connect().await.map_err(|error| Failure::new(format!("{address}: {error}")))
 }
 
 async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), Failure> {

@@ -1,8 +1,8 @@
 //! `ocr feature` and `ocr inject`.
 
-use ocr_grpc::proto::{
-    Account, ExecutorResponse, Feature, Identifier, Inject, Source, feature_service_client::FeatureServiceClient,
-    inject_service_client::InjectServiceClient,
+use ocr_grpc::{
+    client::{FeatureServiceClient, InjectServiceClient},
+    proto::{Account, ExecutorResponse, Feature, Identifier, Inject, Source},
 };
 use serde_json::json;
 

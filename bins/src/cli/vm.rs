@@ -4,11 +4,9 @@ use std::time::Instant;
 
 use ocr_core::{VmId, error::seconds};
 use ocr_grpc::{
-    proto::{
-        Configuration, DeployVirtualMachine, Identifier, MetaInfo, VirtualMachine,
-        virtual_machine_service_client::VirtualMachineServiceClient,
-    },
-    v1::{self, machines_client::MachinesClient},
+    client::{MachinesClient, VirtualMachineServiceClient},
+    proto::{Configuration, DeployVirtualMachine, Identifier, MetaInfo, VirtualMachine},
+    v1,
 };
 use serde_json::json;
 
