@@ -1,5 +1,5 @@
-//! Generates the messages, clients and servers of both generations of the contract from `proto/ocr.proto`, without
-//! protoc. Also writes both generations' descriptors, for reflection.
+//! Generates the messages, clients and servers of both generations of the contract from `proto/ocr.proto`, and of our
+//! own services from `proto/ocr_v1.proto`, without protoc. Also writes both generations' descriptors, for reflection.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -11,17 +11,21 @@ const SECRET: [&str; 5] = ["Account", "Condition", "ExecutorResponse", "Feature"
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rerun-if-changed=proto/ocr.proto");
+    println!("cargo:rerun-if-changed=proto");
 
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let newer = protox::compile(["ocr.proto"], ["proto"])?;
     tonic_prost_build::configure().skip_debug(SECRET).out_dir(&out).compile_fds(newer.clone())?;
 
+    let ours = protox::compile(["ocr_v1.proto"], ["proto"])?;
+    tonic_prost_build::configure().out_dir(&out).compile_fds(ours.clone())?;
+    let ours = without_comments(ours);
+
     // Comments are found by position; they are dropped because services are, here and at run time.
     let newer = without_comments(newer);
     let older = older_generation(newer.clone())?;
-    fs::write(out.join("ocr.bin"), newer.encode_to_vec())?;
-    fs::write(out.join("ocr_older.bin"), older.encode_to_vec())?;
+    fs::write(out.join("ocr.bin"), with(&newer, &ours).encode_to_vec())?;
+    fs::write(out.join("ocr_older.bin"), with(&older, &ours).encode_to_vec())?;
 
     // Only the one service differs; the messages are those of the newer generation.
     let out = out.join("older");
@@ -42,6 +46,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     config.compile_fds(condition)?;
     Ok(())
+}
+
+/// A generation of the contract together with what is ours.
+fn with(contract: &FileDescriptorSet, ours: &FileDescriptorSet) -> FileDescriptorSet {
+    FileDescriptorSet { file: [contract.file.as_slice(), ours.file.as_slice()].concat() }
 }
 
 fn without_comments(mut set: FileDescriptorSet) -> FileDescriptorSet {

@@ -6,6 +6,7 @@ pub mod exec;
 pub mod guest;
 pub mod id;
 pub mod image;
+pub mod layer;
 pub mod lifecycle;
 pub mod network;
 pub mod package;
@@ -24,6 +25,7 @@ pub use image::{
     DiskFormat, Image, ImageBackend, ImageBackendExt, ImageCapabilities, ImageFilter, ImageSource, ImageSpec,
     ImageState, OsFamily,
 };
+pub use layer::LayerExt;
 pub use network::{
     Access, Network, NetworkBackend, NetworkBackendExt, NetworkCapabilities, NetworkFilter, NetworkKind, NetworkSpec,
 };

@@ -8,7 +8,7 @@
 //! | serve a [`Deployer`](ocr_core::lifecycle::Deployer) or an [`Executor`](ocr_core::exec::Executor) | [`Server`] |
 //! | call such a server | [`client`] |
 //! | put a service into a tonic server of your own | [`machiner::Machiner`], [`executor::Features`] and its neighbours |
-//! | read the messages | [`proto`], and `proto/ocr.proto` for what they mean |
+//! | read the messages | [`proto`] and [`v1`], and `proto/*.proto` for what they mean |
 
 pub mod capability;
 pub mod client;
@@ -17,6 +17,7 @@ pub mod machiner;
 pub mod parse;
 pub mod proto;
 pub mod server;
+pub mod v1;
 
 mod call;
 mod latest;

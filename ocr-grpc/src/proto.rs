@@ -87,7 +87,8 @@ impl Generation {
     pub fn descriptors_of(self, services: &[&str]) -> FileDescriptorSet {
         let mut set = self.descriptors();
         for file in &mut set.file {
-            file.service.retain(|service| services.contains(&service.name()));
+            let package = file.package.as_ref().map(|package| format!("{package}.")).unwrap_or_default();
+            file.service.retain(|service| services.contains(&format!("{package}{}", service.name()).as_str()));
         }
         set
     }

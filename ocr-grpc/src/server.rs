@@ -42,6 +42,7 @@ use crate::{
         condition_service_server::ConditionServiceServer, feature_service_server::FeatureServiceServer,
         inject_service_server::InjectServiceServer, older, virtual_machine_service_server::VirtualMachineServiceServer,
     },
+    v1::{self, installs_server::InstallsServer, machines_server::MachinesServer},
 };
 use dispatch::Dispatch;
 use greeting::Greeting;
@@ -166,13 +167,13 @@ impl Server {
         self
     }
 
-    /// Serves `VirtualMachineService` over this deployer.
+    /// Serves `VirtualMachineService` and `ocr.v1.Machines` over this deployer.
     pub fn deployer(mut self, deployer: Deployer) -> Self {
         self.deployer = Some(deployer);
         self
     }
 
-    /// Serves `FeatureService`, `InjectService` and `ConditionService` over this executor.
+    /// Serves `FeatureService`, `InjectService`, `ConditionService` and `ocr.v1.Installs` over this executor.
     pub fn executor(mut self, executor: Executor) -> Self {
         self.executor = Some(executor);
         self
@@ -206,10 +207,10 @@ impl Server {
     fn service_names(&self) -> Vec<&'static str> {
         let mut names = vec!["Capability"];
         if self.deployer.is_some() {
-            names.push("VirtualMachineService");
+            names.extend(["VirtualMachineService", "ocr.v1.Machines"]);
         }
         if self.executor.is_some() {
-            names.extend(["FeatureService", "InjectService", "ConditionService"]);
+            names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs"]);
         }
         names.extend(self.others.iter().map(|(name, _)| *name));
         names
@@ -237,7 +238,9 @@ impl Server {
         let max = limits.max_message_bytes;
         if let Some(deployer) = self.deployer {
             announced.push(DeployerType::VirtualMachine);
-            let service = VirtualMachineServiceServer::new(Machiner::new(deployer));
+            let service = VirtualMachineServiceServer::new(Machiner::new(deployer.clone()));
+            routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
+            let service = MachinesServer::new(v1::Machines::new(deployer));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
         }
         if let Some(executor) = self.executor {
@@ -245,6 +248,8 @@ impl Server {
             let service = FeatureServiceServer::new(Features::new(executor.clone()));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = InjectServiceServer::new(Injects::new(executor.clone()));
+            routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
+            let service = InstallsServer::new(v1::Installs::new(executor.clone()));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = Conditions::new(executor);
             match self.generation {
