@@ -34,7 +34,7 @@ fn methods(generation: Generation) -> BTreeMap<String, (String, String, bool)> {
     methods
 }
 
-const METHODS: [(&str, &str, &str, bool); 10] = [
+const METHODS: [(&str, &str, &str, bool); 14] = [
     ("/Capability/GetCapabilities", ".google.protobuf.Empty", ".Capabilities", false),
     ("/ConditionService/create", ".Condition", ".ExecutorResponse", false),
     ("/ConditionService/delete", ".Identifier", ".google.protobuf.Empty", false),
@@ -45,6 +45,10 @@ const METHODS: [(&str, &str, &str, bool); 10] = [
     ("/InjectService/delete", ".Identifier", ".google.protobuf.Empty", false),
     ("/VirtualMachineService/create", ".DeployVirtualMachine", ".Identifier", false),
     ("/VirtualMachineService/delete", ".Identifier", ".google.protobuf.Empty", false),
+    ("/ocr.v1.Installs/List", ".ocr.v1.ListInstallsRequest", ".ocr.v1.ListInstallsResponse", false),
+    ("/ocr.v1.Machines/Get", ".ocr.v1.GetMachineRequest", ".ocr.v1.Machine", false),
+    ("/ocr.v1.Machines/List", ".ocr.v1.ListMachinesRequest", ".ocr.v1.ListMachinesResponse", false),
+    ("/ocr.v1.Machines/Reconcile", ".ocr.v1.ReconcileRequest", ".ocr.v1.ReconcileResponse", false),
 ];
 
 #[test]
