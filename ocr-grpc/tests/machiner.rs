@@ -13,7 +13,7 @@ use ocr_core::{
     memory::{Fault, MemoryCloud, MemoryState},
 };
 use ocr_grpc::{
-    Server,
+    Limits, Server,
     client::{CapabilityClient, MachinesClient, VirtualMachineServiceClient},
     proto::{
         Configuration, DeployVirtualMachine, Identifier, MetaInfo, Properties, VirtualMachine,
@@ -33,6 +33,10 @@ struct Rig {
 
 impl Rig {
     async fn new() -> Self {
+        Self::with(Limits::default()).await
+    }
+
+    async fn with(limits: Limits) -> Self {
         let cloud = MemoryCloud::new();
         let parts = DeployParts {
             compute: Arc::new(cloud.clone()),
@@ -43,7 +47,7 @@ impl Rig {
         };
         let mut config = DeployConfig::new(Owner::new("test").unwrap());
         config.ready_interval = Duration::from_millis(10);
-        let server = Running::start(Server::new().deployer(Deployer::new(parts, config)), LONG).await;
+        let server = Running::start(Server::new().limits(limits).deployer(Deployer::new(parts, config)), LONG).await;
         let channel = server.channel().await;
         let (machines, ours) = (VirtualMachineServiceClient::new(channel.clone()), MachinesClient::new(channel));
         Self { cloud, server, machines, ours }
@@ -176,5 +180,18 @@ async fn machines_are_listed_by_scope() {
     assert!(status.message().starts_with("scope.deployment: "), "{status:?}");
     let status = soon(rig.ours.get(GetMachineRequest { id: "x".into() })).await.unwrap_err();
     assert!(status.message().starts_with("id: "), "{status:?}");
+    rig.server.stopped().await;
+}
+
+#[tokio::test]
+async fn a_reply_over_the_limit_is_refused_with_resource_exhausted_too() {
+    let mut rig = Rig::with(Limits { max_message_bytes: 300, ..Limits::default() }).await;
+    soon(rig.machines.create(web("web-0"))).await.unwrap();
+    assert_eq!(rig.names().await, ["web-0"]);
+    soon(rig.machines.create(web("web-1"))).await.unwrap();
+    let status = soon(rig.ours.list(ListMachinesRequest::default())).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    let status = soon(rig.machines.create(web(&"x".repeat(400)))).await.unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
     rig.server.stopped().await;
 }

@@ -302,6 +302,31 @@ async fn a_request_that_never_ends_is_given_up() {
 }
 
 #[tokio::test]
+async fn requests_that_do_not_end_hold_a_bounded_part_of_memory() {
+    let limits = Limits { max_arriving_bytes: 1 << 20, ..Limits::default() };
+    let server = Running::start(Server::new().limits(limits), LONG).await;
+    let channel = server.channel().await;
+    let large = || Identifier { value: "x".repeat(700_000) };
+    let send_large =
+        || async { call(&channel, "/Capability/GetCapabilities", large()).await.map_err(|status| status.code()) };
+    send_large().await.unwrap();
+
+    // A whole message, but the request is not at its end.
+    let mut client = Grpc::new(channel.clone());
+    soon(client.ready()).await.unwrap();
+    let endless = tokio_stream::StreamExt::chain(tokio_stream::iter([large()]), futures::stream::pending());
+    let endless = tokio::spawn(async move {
+        let codec = ProstCodec::<Identifier, Capabilities>::default();
+        let path = http::uri::PathAndQuery::from_static("/Capability/GetCapabilities");
+        client.client_streaming(Request::new(endless), path, codec).await
+    });
+    soon(async { while send_large().await.err() != Some(Code::ResourceExhausted) {} }).await;
+    endless.abort();
+    soon(async { while send_large().await.is_err() {} }).await;
+    server.stopped().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_is_noticed_at_once() {
     let held = Held::default();
     let server = Running::start(Server::new().service(held.service()), LONG).await;
