@@ -327,6 +327,20 @@ async fn requests_that_do_not_end_hold_a_bounded_part_of_memory() {
 }
 
 #[tokio::test]
+async fn a_handler_that_panics_fails_its_call_alone() {
+    let held = Held::default();
+    let server = Running::start(Server::new().service(held.service()), LONG).await;
+    let mut client = ConditionServiceClient::new(server.channel().await);
+    let mut values = soon(client.stream(Identifier::default())).await.unwrap().into_inner();
+    let status = soon(client.create(Condition { name: "panic".into(), ..Default::default() })).await.unwrap_err();
+    assert_eq!(status.code(), Code::Internal);
+    assert!(status.message().starts_with("an internal fault; the server's log has it under"), "{status:?}");
+    held.state().streams.lock().unwrap()[0].send(1.0).unwrap();
+    assert_eq!(soon(values.message()).await.unwrap().unwrap().command_return_value, 1.0);
+    server.stopped().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_is_noticed_at_once() {
     let held = Held::default();
     let server = Running::start(Server::new().service(held.service()), LONG).await;

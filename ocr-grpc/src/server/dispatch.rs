@@ -1,13 +1,13 @@
 //! [`Dispatch`]: what every call goes through on its way to its service and back.
 //!
-//! It gives the call an id and a span, keeps the client's deadline, bounds how long the request may take to arrive and what all
-//! arriving requests hold,
-//! ends open streams when the server stops, and sets right two codes of the library below. The log tells method, code
-//! and duration of a call, never its contents.
+//! It gives the call an id and a span, keeps the client's deadline, bounds how long the request may take to arrive and
+//! what all arriving requests hold, ends open streams when the server stops, answers for a handler that panics, and
+//! sets right two codes of the library below. The log tells method, code and duration of a call, never its contents.
 
 use std::{
     convert::Infallible,
     net::SocketAddr,
+    panic::AssertUnwindSafe,
     pin::Pin,
     sync::{
         Arc,
@@ -17,9 +17,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use ocr_core::Error;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{
@@ -30,7 +32,7 @@ use tonic::{
 };
 use tracing::{Instrument as _, Span};
 
-use crate::{CallId, head};
+use crate::{CallId, head, status};
 
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
@@ -89,6 +91,11 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
         let answer = self.routes.clone().call(request);
         let mut outcome = Outcome { started: Instant::now(), span: span.clone(), told: false };
         let answered = async move {
+            // A panic is this call's alone; what it was is told by the panic hook.
+            let answer = AssertUnwindSafe(answer).catch_unwind().map(|answer| {
+                answer
+                    .unwrap_or_else(|_| Ok(status(&Error::internal("the call's handler panicked"), &call).into_http()))
+            });
             let answer = match deadline {
                 None => answer.await,
                 Some(deadline) => match tokio::time::timeout(deadline, answer).await {

@@ -120,7 +120,8 @@ impl Drop for AtDrop {
 impl ConditionService for Held {
     type streamStream = Pin<Box<dyn Stream<Item = Result<ConditionStreamResponse, Status>> + Send>>;
 
-    async fn create(&self, _: Request<Condition>) -> Result<Response<ExecutorResponse>, Status> {
+    async fn create(&self, request: Request<Condition>) -> Result<Response<ExecutorResponse>, Status> {
+        assert_ne!(request.get_ref().name, "panic", "as the test wants it");
         let _at_drop = AtDrop(Arc::clone(&self.0));
         self.0.begun.add_permits(1);
         self.0.release.notified().await;
