@@ -240,10 +240,21 @@ fn parse_environment(entries: &[String]) -> Result<BTreeMap<String, String>> {
     Ok(environment)
 }
 
-fn meta_info(info: proto::MetaInfo) -> Result<(Scope, BTreeMap<String, String>)> {
+/// Parses a machine's id in a field of `ocr.v1`.
+pub(crate) fn vm_id_in(field: &str, text: &str) -> Result<VmId> {
+    at(field, text.parse())
+}
+
+/// Parses the exercise and deployment in two fields.
+pub(crate) fn scope_in(fields: [&str; 2], exercise: String, deployment: String) -> Result<Scope> {
     // One at a time, so that the field at fault is named as the schema has it.
-    at("metaInfo.exerciseName", Scope::new(info.exercise_name.as_str(), ""))?;
-    let scope = at("metaInfo.deploymentName", Scope::new(info.exercise_name, info.deployment_name))?;
+    at(fields[0], Scope::new(exercise.as_str(), ""))?;
+    at(fields[1], Scope::new(exercise, deployment))
+}
+
+fn meta_info(info: proto::MetaInfo) -> Result<(Scope, BTreeMap<String, String>)> {
+    let fields = ["metaInfo.exerciseName", "metaInfo.deploymentName"];
+    let scope = scope_in(fields, info.exercise_name, info.deployment_name)?;
     let proto::Properties { cidr, gateway } = info.properties.unwrap_or_default();
     let mut labels = BTreeMap::new();
     if !cidr.is_empty() {

@@ -44,11 +44,14 @@ use crate::{
     },
     v1::{self, installs_server::InstallsServer, machines_server::MachinesServer},
 };
-use dispatch::Dispatch;
+use dispatch::{Arriving, Dispatch};
 use greeting::Greeting;
 
 /// How long connections without a call may take to say goodbye when the server stops.
 const FAREWELL: Duration = Duration::from_secs(1);
+
+/// The longest question about the schema, in bytes: it is a name.
+const MAX_QUESTION_BYTES: usize = 16 << 10;
 
 /// The pause after the system could not accept a connection (out of file handles, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
@@ -66,6 +69,9 @@ pub struct Limits {
     pub max_header_list_bytes: u32,
     /// How long a peer may take to say that it speaks HTTP/2.
     pub handshake_deadline: Duration,
+    /// What all requests together may hold that have not arrived whole, in bytes. More is refused with
+    /// RESOURCE_EXHAUSTED: every call of every connection might hold a whole message otherwise.
+    pub max_arriving_bytes: usize,
     /// How long a call's request may take to arrive whole.
     pub request_deadline: Duration,
     /// From one sign of life to the ping that asks for the next.
@@ -81,6 +87,7 @@ impl Default for Limits {
             max_connections: 512,
             max_streams_per_connection: 256,
             max_header_list_bytes: 16 << 10,
+            max_arriving_bytes: 256 << 20,
             handshake_deadline: Duration::from_secs(10),
             request_deadline: Duration::from_secs(60),
             keepalive_interval: Duration::from_secs(30),
@@ -293,8 +300,10 @@ fn add_reflection(routes: &mut RoutesBuilder, generation: Generation, services: 
             .include_reflection_service(false)
     };
     let broken = |cause| Error::internal("the schema cannot be served").during("server.bind").with_source(cause);
-    routes.add_service(builder().build_v1().map_err(broken)?);
-    routes.add_service(builder().build_v1alpha().map_err(broken)?);
+    let service = builder().build_v1().map_err(broken)?;
+    routes.add_service(service.max_decoding_message_size(MAX_QUESTION_BYTES));
+    let service = builder().build_v1alpha().map_err(broken)?;
+    routes.add_service(service.max_decoding_message_size(MAX_QUESTION_BYTES));
     Ok(())
 }
 
@@ -449,6 +458,7 @@ struct Connection {
     http: http2::Builder<CallTasks>,
     routes: Routes,
     stopping: CancellationToken,
+    arriving: Arc<Arriving>,
 }
 
 impl Connection {
@@ -459,13 +469,19 @@ impl Connection {
             .max_header_list_size(limits.max_header_list_bytes)
             .keep_alive_interval(limits.keepalive_interval)
             .keep_alive_timeout(limits.keepalive_timeout);
-        Self { limits, http, routes, stopping }
+        Self { limits, http, routes, stopping, arriving: Arriving::new(limits.max_arriving_bytes) }
     }
 
     async fn run(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         let _ = stream.set_nodelay(true);
         let (io, greeted) = Greeting::new(stream, self.limits.handshake_deadline);
-        let dispatch = Dispatch::new(self.routes.clone(), self.stopping.clone(), self.limits.request_deadline, peer);
+        let dispatch = Dispatch {
+            routes: self.routes.clone(),
+            stopping: self.stopping.clone(),
+            request_deadline: self.limits.request_deadline,
+            arriving: Arc::clone(&self.arriving),
+            peer,
+        };
         let mut serving = std::pin::pin!(self.http.serve_connection(TokioIo::new(io), dispatch));
         let ended = tokio::select! {
             ended = &mut serving => ended,

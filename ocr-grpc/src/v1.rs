@@ -6,14 +6,14 @@ pub(crate) mod generated {
 }
 
 use ocr_core::{
-    Scope as CoreScope, Vm, VmId,
+    Vm,
     exec::{Executor, InstallRecord},
     lifecycle::Deployer,
 };
 use tonic::{Request, Response, Status};
 
 pub use self::generated::*;
-use crate::{CallId, status::answer};
+use crate::{CallId, parse, status::answer};
 
 /// `ocr.v1.Machines`. It translates; the deployer decides.
 #[derive(Clone, Debug)]
@@ -34,7 +34,8 @@ impl machines_server::Machines for Machines {
         let call = CallId::given(&request);
         let done = async {
             let scope = request.into_inner().scope;
-            let scope = scope.map(|scope| CoreScope::new(scope.exercise, scope.deployment)).transpose()?;
+            let fields = ["scope.exercise", "scope.deployment"];
+            let scope = scope.map(|scope| parse::scope_in(fields, scope.exercise, scope.deployment)).transpose()?;
             let machines = self.deployer.list(scope.as_ref()).await?;
             Ok(ListMachinesResponse { machines: machines.into_iter().map(Machine::from).collect() })
         };
@@ -43,7 +44,7 @@ impl machines_server::Machines for Machines {
 
     async fn get(&self, request: Request<GetMachineRequest>) -> Result<Response<Machine>, Status> {
         let call = CallId::given(&request);
-        let done = async { Ok(self.deployer.get(request.get_ref().id.parse()?).await?.into()) };
+        let done = async { Ok(self.deployer.get(parse::vm_id_in("id", &request.get_ref().id)?).await?.into()) };
         answer(&call, done.await)
     }
 
@@ -81,7 +82,7 @@ impl installs_server::Installs for Installs {
         let call = CallId::given(&request);
         let done = async {
             let vm = &request.get_ref().virtual_machine_id;
-            let vm = if vm.is_empty() { None } else { Some(vm.parse::<VmId>()?) };
+            let vm = if vm.is_empty() { None } else { Some(parse::vm_id_in("virtual_machine_id", vm)?) };
             let installs = self.executor.list(vm).await?;
             Ok(ListInstallsResponse { installs: installs.into_iter().map(Install::from).collect() })
         };

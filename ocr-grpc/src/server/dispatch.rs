@@ -1,20 +1,27 @@
 //! [`Dispatch`]: what every call goes through on its way to its service and back.
 //!
-//! It gives the call an id and a span, keeps the client's deadline, bounds how long the request may take to arrive,
-//! ends open streams when the server stops, and sets right two codes of the library below. The log tells method, code
-//! and duration of a call, never its contents.
+//! It gives the call an id and a span, keeps the client's deadline, bounds how long the request may take to arrive and
+//! what all arriving requests hold, ends open streams when the server stops, answers for a handler that panics, and
+//! sets right two codes of the library below. The log tells method, code and duration of a call, never its contents.
 
 use std::{
     convert::Infallible,
     net::SocketAddr,
+    panic::AssertUnwindSafe,
     pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
 
+use futures::FutureExt as _;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
+use ocr_core::Error;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{
@@ -25,7 +32,7 @@ use tonic::{
 };
 use tracing::{Instrument as _, Span};
 
-use crate::{CallId, head};
+use crate::{CallId, head, status};
 
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
@@ -43,20 +50,22 @@ const MAX_SHOWN_PATH_BYTES: usize = 96;
 
 /// The HTTP/2 service of one connection.
 pub(super) struct Dispatch {
-    routes: Routes,
-    stopping: CancellationToken,
-    request_deadline: Duration,
-    peer: SocketAddr,
+    pub(super) routes: Routes,
+    pub(super) stopping: CancellationToken,
+    pub(super) request_deadline: Duration,
+    pub(super) arriving: Arc<Arriving>,
+    pub(super) peer: SocketAddr,
 }
 
-impl Dispatch {
-    pub(super) fn new(
-        routes: Routes,
-        stopping: CancellationToken,
-        request_deadline: Duration,
-        peer: SocketAddr,
-    ) -> Self {
-        Self { routes, stopping, request_deadline, peer }
+/// What all requests hold together that have not arrived whole, in bytes.
+pub(super) struct Arriving {
+    held_bytes: AtomicUsize,
+    max_bytes: usize,
+}
+
+impl Arriving {
+    pub(super) fn new(max_bytes: usize) -> Arc<Self> {
+        Arc::new(Self { held_bytes: AtomicUsize::new(0), max_bytes })
     }
 }
 
@@ -72,14 +81,21 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
         let span = tracing::info_span!("call", request_id = %call, method = shown, peer = %self.peer);
         let open_ended = OPEN_ENDED.contains(&path);
         let stop = open_ended.then(|| Box::pin(self.stopping.clone().cancelled_owned()));
-        // A conversation's request has no end of its own either.
-        let patience = if path.starts_with("/grpc.reflection.") { None } else { Some(self.request_deadline) };
+        // The request of a conversation has no end of its own either; its messages are small, each is gone when read.
+        let conversation = path.starts_with("/grpc.reflection.");
+        let patience = (!conversation).then_some(self.request_deadline);
         let deadline = timeout(request.headers());
         request.extensions_mut().insert(call.clone());
-        let request = request.map(|body| Body::new(Timely { body, patience, sleep: None }));
+        let arriving = Arc::clone(&self.arriving);
+        let request = request.map(|body| Body::new(Arrival { body, patience, sleep: None, arriving, held_bytes: 0 }));
         let answer = self.routes.clone().call(request);
         let mut outcome = Outcome { started: Instant::now(), span: span.clone(), told: false };
         let answered = async move {
+            // A panic is this call's alone; what it was is told by the panic hook.
+            let answer = AssertUnwindSafe(answer).catch_unwind().map(|answer| {
+                answer
+                    .unwrap_or_else(|_| Ok(status(&Error::internal("the call's handler panicked"), &call).into_http()))
+            });
             let answer = match deadline {
                 None => answer.await,
                 Some(deadline) => match tokio::time::timeout(deadline, answer).await {
@@ -167,22 +183,46 @@ impl Drop for Outcome {
     }
 }
 
-/// A request that must arrive whole in time.
-struct Timely {
+/// A request that must arrive whole in time, and takes its share of what all may hold together.
+struct Arrival {
     body: Incoming,
+    /// `None` for a conversation.
     patience: Option<Duration>,
     /// Set when the body has to be waited for.
     sleep: Option<Pin<Box<Sleep>>>,
+    arriving: Arc<Arriving>,
+    /// This request's share.
+    held_bytes: usize,
 }
 
-impl HttpBody for Timely {
+impl Arrival {
+    fn hold(&mut self, bytes: usize) -> Result<(), Status> {
+        self.held_bytes += bytes;
+        let before = self.arriving.held_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before + bytes > self.arriving.max_bytes {
+            return Err(Status::resource_exhausted("too much is being sent to this server at once; come back later"));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        self.arriving.held_bytes.fetch_sub(self.held_bytes, Ordering::Relaxed);
+    }
+}
+
+impl HttpBody for Arrival {
     type Data = Bytes;
     type Error = Box<dyn std::error::Error + Send + Sync>;
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = &mut *self;
         if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
-            return Poll::Ready(frame.map(|frame| frame.map_err(Into::into)));
+            let Some(Ok(frame)) = frame else { return Poll::Ready(frame.map(|frame| frame.map_err(Into::into))) };
+            let bytes = frame.data_ref().map_or(0, Bytes::len);
+            let held = if this.patience.is_some() { this.hold(bytes) } else { Ok(()) };
+            return Poll::Ready(Some(held.map(|()| frame).map_err(Into::into)));
         }
         let Some(patience) = this.patience else { return Poll::Pending };
         let sleep = this.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep(patience)));

@@ -54,19 +54,16 @@ impl<S> Greeting<S> {
 impl<S: AsyncRead + Unpin> AsyncRead for Greeting<S> {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        let Some(waiting) = &mut this.waiting else { return Pin::new(&mut this.stream).poll_read(cx, buf) };
+        if waiting.deadline.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer did not speak HTTP/2 in time")));
+        }
         let before = buf.filled().len();
         let read = Pin::new(&mut this.stream).poll_read(cx, buf);
-        if let Some(waiting) = &mut this.waiting {
-            waiting.missing_bytes = waiting.missing_bytes.saturating_sub(buf.filled().len() - before);
-            if waiting.missing_bytes == 0 {
-                waiting.greeted.0.store(true, Ordering::Relaxed);
-                this.waiting = None;
-            } else if waiting.deadline.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    "the peer did not speak HTTP/2 in time",
-                )));
-            }
+        waiting.missing_bytes = waiting.missing_bytes.saturating_sub(buf.filled().len() - before);
+        if waiting.missing_bytes == 0 {
+            waiting.greeted.0.store(true, Ordering::Relaxed);
+            this.waiting = None;
         }
         read
     }
