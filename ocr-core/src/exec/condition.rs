@@ -1,7 +1,7 @@
 //! Runs conditions while somebody watches, and streams their values.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -9,14 +9,14 @@ use futures::{FutureExt, stream};
 use tokio::{sync::watch, time::Instant};
 
 use super::{
-    ConditionStatus, ConditionStream, ConditionValue, Inner, InstallKind,
+    ConditionStatus, ConditionStream, ConditionValue, Inner, InstallKind, lock,
     output::cut_for_error,
     record::{Record, Stage},
     turns::gone,
     value::parse_value,
 };
 use crate::{
-    Error, ErrorKind, ExecOutput, ExecRequest, InstallId, Result, VmId,
+    Error, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, InstallId, Result, VmId,
     error::reason,
     queue::scheduler::{Periodic, Tick},
 };
@@ -32,7 +32,8 @@ const FAULTS_TO_LOOK_UP: u64 = 3;
 #[derive(Debug)]
 pub(super) struct Runner {
     shared: Arc<Shared>,
-    inner: Weak<Inner>,
+    /// A stream works on when nobody has the executor itself any more.
+    inner: Arc<Inner>,
     periodic: Mutex<Option<Periodic>>,
 }
 
@@ -159,7 +160,7 @@ impl Inner {
                 .boxed()
             })?
         };
-        let runner = Arc::new(Runner { shared, inner: Arc::downgrade(self), periodic: Mutex::new(Some(periodic)) });
+        let runner = Arc::new(Runner { shared, inner: self.clone(), periodic: Mutex::new(Some(periodic)) });
         runners.insert(id, Arc::downgrade(&runner));
         Ok(runner)
     }
@@ -175,7 +176,7 @@ impl Inner {
             });
             return Ok(());
         }
-        let error = match self.guest.exec(vm, &shared.request()).await {
+        let error = match self.guest.exec(vm, &shared.request(&self.guest.capabilities())).await {
             Ok(output) => {
                 match read(&output) {
                     Ok(value) => shared.succeed(value, tick.lateness),
@@ -258,24 +259,22 @@ impl Runner {
 
 impl Drop for Runner {
     fn drop(&mut self) {
-        if let Some(inner) = self.inner.upgrade() {
-            let mut runners = lock(&inner.runners);
-            let id = self.shared.record.id;
-            // A later runner may have taken the place. One that is being dropped here has no strong reference left.
-            if runners.get(&id).is_some_and(|runner| runner.strong_count() == 0) {
-                runners.remove(&id);
-            }
+        let mut runners = lock(&self.inner.runners);
+        let id = self.shared.record.id;
+        // A later runner may have taken the place; this one has no strong reference left.
+        if runners.get(&id).is_some_and(|runner| runner.strong_count() == 0) {
+            runners.remove(&id);
         }
     }
 }
 
 impl Shared {
-    fn request(&self) -> ExecRequest {
+    fn request(&self, guest: &GuestCapabilities) -> ExecRequest {
         ExecRequest {
             user: self.record.user.clone(),
             environment: self.record.environment.clone(),
             deadline: self.deadline,
-            output_limit_bytes: FETCHED_BYTES,
+            output_limit_bytes: FETCHED_BYTES.min(guest.max_output_bytes),
             ..ExecRequest::shell(self.line.clone())
         }
     }
@@ -346,9 +345,4 @@ fn read(output: &ExecOutput) -> Result<f32, Fault> {
         return Err(Fault { class: FaultClass::ExitCode(output.exit_code), text });
     }
     parse_value(&output.stdout).map_err(|text| Fault { class: FaultClass::NoValue, text })
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each change under these locks is a single one, so a panic elsewhere leaves nothing half done.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -39,14 +39,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::{
     condition::{Ended, Runner},
     hold::Holds,
-    install::STORE_PATIENCE,
     plan::Plan,
     record::{Record, Records, Stage, StoredProbe},
     remove::{Removal, Removed},
 };
 use crate::{
-    ComputeBackend, Deletion, Error, GuestExec, InstallId, Result, StateStore, VmId, package::PackageSource,
-    queue::scheduler::Scheduler,
+    ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
+    package::PackageSource, queue::scheduler::Scheduler,
 };
 
 mod condition;
@@ -346,7 +345,7 @@ impl Executor {
                 return inner.install(record, plan, caller).await;
             }
             // Nothing to copy, so the guest is not needed; that there is such a machine is.
-            inner.compute.get_vm(vm).await?;
+            inner.look_up(vm).await?;
             inner.install_record(record).await
         })
         .await
@@ -496,10 +495,9 @@ impl Inner {
         if stored.record.kind() != kind {
             return Err(Error::invalid("id", format_args!("wants a {kind}; {id} is a {}", stored.record.kind())));
         }
-        let Some(_active) = self.try_activate(id) else {
-            return Err(Error::new(crate::ErrorKind::Conflict, "it is being installed or removed right now")
-                .with_retry(crate::Retry::Safe));
-        };
+        if self.is_active(id) {
+            return Err(Error::new(ErrorKind::Conflict, "it is still being installed").with_retry(Retry::Safe));
+        }
         let removal = Removal::remove(&self, id, stored.record.vm);
         let removed = self.clone().run_removal(removal, self.config.ready_deadline, &caller).await?;
         self.end_watch(
@@ -516,12 +514,9 @@ impl Inner {
         })
     }
 
-    fn activate(&self, id: InstallId) -> Option<Active<'_>> {
-        self.try_activate(id)
-    }
-
-    fn try_activate(&self, id: InstallId) -> Option<Active<'_>> {
-        lock(&self.active).insert(id).then_some(Active { inner: self, id })
+    fn activate(&self, id: InstallId) -> Active<'_> {
+        lock(&self.active).insert(id);
+        Active { inner: self, id }
     }
 
     fn is_active(&self, id: InstallId) -> bool {

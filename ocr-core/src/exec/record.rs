@@ -18,6 +18,8 @@ use crate::{
 
 /// The form of the records this version writes.
 const SCHEMA: u32 = 1;
+/// The longest that one call of the store may take.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
 const RECORDS: &str = "exec/install/";
 const BY_VM: &str = "exec/vm/";
 
@@ -236,14 +238,14 @@ impl Records {
 
     /// Writes a new record.
     pub(super) async fn create(&self, record: &Record) -> Result<Version> {
-        let version = self.store.put(&key(record.id)?, record.write()?, Precondition::Absent, None).await?;
-        self.store.put(&index_key(record.vm, record.id)?, Bytes::new(), Precondition::Any, None).await?;
+        let version = self.put(&key(record.id)?, record.write()?, Precondition::Absent).await?;
+        self.put(&index_key(record.vm, record.id)?, Bytes::new(), Precondition::Any).await?;
         Ok(version)
     }
 
     pub(super) async fn get(&self, id: InstallId) -> Result<Option<Stored>> {
         let key = key(id)?;
-        match self.store.get(&key).await? {
+        match bounded(self.store.get(&key)).await? {
             None => Ok(None),
             Some(Versioned { value, version }) => Ok(Some(Stored { record: Record::read(&key, &value)?, version })),
         }
@@ -260,7 +262,7 @@ impl Records {
         let mut pause = Duration::from_millis(20);
         let mut expected = stored.version;
         loop {
-            let error = match self.store.put(&key, next.write()?, Precondition::Version(expected), None).await {
+            let error = match self.put(&key, next.write()?, Precondition::Version(expected)).await {
                 Ok(version) => {
                     *stored = Stored { record: next, version };
                     return Ok(());
@@ -293,8 +295,8 @@ impl Records {
 
     /// Drops a record, whatever it says by now.
     pub(super) async fn delete(&self, vm: VmId, id: InstallId) -> Result<Deletion> {
-        let deletion = self.store.delete(&key(id)?, Precondition::Any).await?;
-        self.store.delete(&index_key(vm, id)?, Precondition::Any).await?;
+        let deletion = bounded(self.store.delete(&key(id)?, Precondition::Any)).await?;
+        self.delete_index(vm, id).await?;
         Ok(deletion)
     }
 
@@ -304,7 +306,7 @@ impl Records {
         let mut ids = Vec::new();
         let mut after: Option<Key> = None;
         loop {
-            let page = self.store.list(&prefix, after.as_ref(), MAX_PAGE).await?;
+            let page = bounded(self.store.list(&prefix, after.as_ref(), MAX_PAGE)).await?;
             ids.extend(page.iter().filter_map(|(key, _)| id_in(key)));
             if page.len() < MAX_PAGE {
                 return Ok(ids);
@@ -324,7 +326,7 @@ impl Records {
 
     /// A page of all installs, and where the next one begins. Those that cannot be read are errors of their own.
     pub(super) async fn page(&self, after: Option<&Key>) -> Result<(Vec<Result<Stored>>, Option<Key>)> {
-        let page = self.store.list(RECORDS, after, MAX_PAGE).await?;
+        let page = bounded(self.store.list(RECORDS, after, MAX_PAGE)).await?;
         let next = (page.len() == MAX_PAGE).then(|| page.last().map(|(key, _)| key.clone())).flatten();
         let read = page
             .into_iter()
@@ -337,14 +339,26 @@ impl Records {
 
     /// Machines' keys, a page at a time.
     pub(super) async fn index_page(&self, after: Option<&Key>) -> Result<(Vec<(VmId, InstallId)>, Option<Key>)> {
-        let page = self.store.list(BY_VM, after, MAX_PAGE).await?;
+        let page = bounded(self.store.list(BY_VM, after, MAX_PAGE)).await?;
         let next = (page.len() == MAX_PAGE).then(|| page.last().map(|(key, _)| key.clone())).flatten();
         Ok((page.iter().filter_map(|(key, _)| Some((vm_in(key)?, id_in(key)?))).collect(), next))
     }
 
     /// Drops a machine's key that has no record.
     pub(super) async fn delete_index(&self, vm: VmId, id: InstallId) -> Result<()> {
-        self.store.delete(&index_key(vm, id)?, Precondition::Any).await.map(drop)
+        bounded(self.store.delete(&index_key(vm, id)?, Precondition::Any)).await.map(drop)
+    }
+
+    async fn put(&self, key: &Key, value: Bytes, only: Precondition) -> Result<Version> {
+        bounded(self.store.put(key, value, only, None)).await
+    }
+}
+
+/// A store that does not answer must not keep an install, and with it a machine, for ever.
+async fn bounded<T>(call: impl Future<Output = Result<T>>) -> Result<T> {
+    match tokio::time::timeout(CALL_LIMIT, call).await {
+        Ok(result) => result,
+        Err(_) => Err(Error::timed_out(format!("the store did not answer in {}", crate::error::seconds(CALL_LIMIT)))),
     }
 }
 

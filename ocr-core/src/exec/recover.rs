@@ -18,16 +18,23 @@ use crate::{Error, InstallId, Key, Result, VmFilter, VmId};
 
 /// How many machines are worked on at once.
 const AT_ONCE: usize = 16;
+/// What listing all machines may take.
+const LIST_LIMIT: Duration = Duration::from_secs(120);
 /// What asking an agent may take.
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
 
 impl Inner {
     pub(super) async fn recover(self: &Arc<Self>) -> Result<RecoverReport> {
         let mut report = RecoverReport::default();
-        let known: Option<HashSet<VmId>> = match self.compute.list_vms(&VmFilter::default()).await {
-            Ok(machines) => Some(machines.into_iter().map(|vm| vm.id).collect()),
-            Err(error) => {
-                report.failed.push(format!("machines could not be listed, so none is forgotten: {}", error.message()));
+        let listed = tokio::time::timeout(LIST_LIMIT, self.compute.list_vms(&VmFilter::default())).await;
+        let known: Option<HashSet<VmId>> = match listed {
+            Ok(Ok(machines)) => Some(machines.into_iter().map(|vm| vm.id).collect()),
+            failed => {
+                let why = match &failed {
+                    Ok(Err(error)) => error.message(),
+                    _ => "no answer in time",
+                };
+                report.failed.push(format!("machines could not be listed, so no complete install is forgotten: {why}"));
                 None
             }
         };

@@ -18,7 +18,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Inner, hold::Held};
-use crate::{Error, ErrorKind, Result, Retry, VmId, VmState, error::reason};
+use crate::{Error, ErrorKind, Result, Retry, Vm, VmId, VmState, error::reason};
+
+/// What asking for a machine may take.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(30);
 
 /// What one turn came to.
 #[derive(Debug)]
@@ -41,7 +44,7 @@ pub(super) struct Slot {
     pub(super) what: String,
     /// The longest a turn may take.
     pub(super) limit: Duration,
-    /// How long to wait for the guest in all.
+    /// How long to wait for the guest in all; nothing means not to wait for other installs either.
     pub(super) patience: Duration,
 }
 
@@ -98,6 +101,9 @@ impl Inner {
                 Ok(Turn::Done(done)) => return Ok(done),
                 Ok(Turn::Failed(error)) => return Err(error),
                 Ok(Turn::NotYet(error)) => error,
+                Ok(Turn::Held(_)) if slot.patience.is_zero() => {
+                    return Err(Error::unavailable("another install keeps the machine"));
+                }
                 Ok(Turn::Held(held)) => {
                     tokio::select! {
                         () = held.released() => continue,
@@ -136,7 +142,7 @@ impl Inner {
             return if self.is_gone(vm).await { Verdict::Gone } else { Verdict::NotYet(error) };
         }
         if error.reason() == Some(reason::GUEST_NOT_RUNNING) {
-            return match self.compute.get_vm(vm).await {
+            return match self.look_up(vm).await {
                 Ok(seen) if matches!(seen.state, VmState::Running | VmState::Building) => Verdict::NotYet(error),
                 Err(missing) if missing.kind() == ErrorKind::NotFound => Verdict::Gone,
                 _ => Verdict::Final(error),
@@ -147,7 +153,17 @@ impl Inner {
 
     /// Whether the compute backend says for certain that there is no such machine.
     pub(super) async fn is_gone(&self, vm: VmId) -> bool {
-        matches!(self.compute.get_vm(vm).await, Err(error) if error.kind() == ErrorKind::NotFound)
+        matches!(self.look_up(vm).await, Err(error) if error.kind() == ErrorKind::NotFound)
+    }
+
+    pub(super) async fn look_up(&self, vm: VmId) -> Result<Vm> {
+        match tokio::time::timeout(LOOK_UP_LIMIT, self.compute.get_vm(vm)).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::timed_out(format!(
+                "the compute backend did not answer in {}",
+                crate::error::seconds(LOOK_UP_LIMIT)
+            ))),
+        }
     }
 }
 
