@@ -7,6 +7,7 @@ pub mod guest;
 pub mod id;
 pub mod image;
 pub mod lifecycle;
+pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
