@@ -148,7 +148,7 @@ impl Inner {
         });
         let periodic = {
             let (inner, shared) = (Arc::downgrade(self), shared.clone());
-            let limit = self.config.action_deadline + TURN_MARGIN;
+            let limit = self.config.action_deadline.saturating_add(TURN_MARGIN);
             self.scheduler.every(vm, format!("condition {id}"), interval, limit, move |tick| {
                 let (inner, shared) = (inner.clone(), shared.clone());
                 async move {

@@ -156,10 +156,8 @@ impl Inner {
     }
 
     fn turn_limit(&self, bytes: u64, files: usize) -> Duration {
-        self.config.action_deadline
-            + TURN_MARGIN
-            + Duration::from_secs(bytes / LEAST_COPY_RATE)
-            + Duration::from_secs(5) * u32::try_from(files).unwrap_or(u32::MAX)
+        let copying = Duration::from_secs(bytes / LEAST_COPY_RATE) + Duration::from_secs(5 * files as u64);
+        self.config.action_deadline.saturating_add(TURN_MARGIN + copying)
     }
 
     fn action_request(

@@ -61,6 +61,9 @@ mod request;
 mod turns;
 mod value;
 
+#[cfg(test)]
+mod tests;
+
 /// How long a package may take to be fetched.
 const FETCH_DEADLINE: Duration = Duration::from_secs(600);
 

@@ -80,7 +80,7 @@ impl Inner {
         let mut wait = Wait::new(self.config.ready_interval, self.config.ready_deadline);
         loop {
             let asked = self.compute.set_power(vm, PowerAction::Reboot { grace: Some(GRACE) });
-            let error = match tokio::time::timeout(GRACE + self.config.ready_deadline, asked).await {
+            let error = match tokio::time::timeout(GRACE.saturating_add(self.config.ready_deadline), asked).await {
                 Ok(Ok(())) => return Ok(()),
                 Ok(Err(error)) if error.retry() == Retry::Safe => error,
                 // It may be on its way; the boot's mark will tell.

@@ -22,8 +22,8 @@ use super::{
 };
 use crate::{Error, ErrorKind, ExecRequest, InstallId, OperationId, Result, Retry, VmId, error::reason};
 
-/// What removing a single file, or reading one to compare, may take.
-const FILE_LIMIT: Duration = Duration::from_secs(30);
+/// What a turn may take beside the delete action, to remove files and to compare them.
+const TURN_MARGIN: Duration = Duration::from_secs(300);
 
 /// How a removal ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -164,8 +164,7 @@ impl Inner {
         caller: &CancellationToken,
     ) -> Result<Removed> {
         let (id, vm, begun) = (removal.id, removal.vm, removal.begun.clone());
-        // How many assets there are is seen in the turn only; what an archive may hold at most bounds it.
-        let limit = self.config.action_deadline + FILE_LIMIT * 10;
+        let limit = self.config.action_deadline.saturating_add(TURN_MARGIN);
         let slot = Slot { vm, what: format!("remove {id}"), limit, patience };
         let removal = Arc::new(Mutex::new(removal));
         let outcome = self

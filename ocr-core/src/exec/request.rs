@@ -6,6 +6,7 @@ use super::{Account, ConditionRequest, InstallKind, InstallRequest, Probe};
 use crate::{
     Error, Result,
     guest::{check_user_name, check_variable_name},
+    queue::scheduler::{MAX_INTERVAL, MIN_INTERVAL},
 };
 
 /// The longest name of an install, in bytes.
@@ -16,8 +17,6 @@ const MAX_VARIABLES: usize = 256;
 const MAX_ENVIRONMENT_BYTES: usize = 32 << 10;
 /// The longest shell line, in bytes.
 const MAX_LINE_BYTES: usize = 32 << 10;
-/// The longest interval: a year.
-const MAX_INTERVAL: Duration = Duration::from_secs(366 * 24 * 3600);
 
 pub(super) fn check_install(request: &InstallRequest) -> Result<()> {
     if request.kind == InstallKind::Condition {
@@ -50,7 +49,7 @@ pub(super) fn check_condition(request: &ConditionRequest) -> Result<()> {
 }
 
 pub(super) fn check_interval(interval: Duration) -> Result<()> {
-    if interval < Duration::from_millis(1) {
+    if interval < MIN_INTERVAL {
         return Err(Error::invalid("interval", "must be greater than 0 seconds"));
     }
     if interval > MAX_INTERVAL {

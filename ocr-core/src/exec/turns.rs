@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Inner, hold::Held};
-use crate::{Error, ErrorKind, Result, Retry, Vm, VmId, VmState, error::reason};
+use crate::{Error, ErrorKind, Result, Retry, Vm, VmId, VmState, error::reason, queue::scheduler::MAX_INTERVAL};
 
 /// What asking for a machine may take.
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(30);
@@ -79,7 +79,20 @@ impl Inner {
             let claim = Arc::new(Claim::default());
             let op = {
                 let (claim, turn) = (claim.clone(), turn());
-                async move { if claim.take() { Ok(turn.await) } else { Err(caller_gone()) } }
+                async move {
+                    if !claim.take() {
+                        return Err(caller_gone());
+                    }
+                    match turn.await {
+                        // The queue keeps machines that hang apart from the others; it knows them by such errors.
+                        Turn::NotYet(error) if error.kind() == ErrorKind::TimedOut => {
+                            claim.come_again.store(true, Ordering::Release);
+                            Err(error)
+                        }
+                        Turn::Failed(error) => Err(error),
+                        other => Ok(other),
+                    }
+                }
             };
             let mut queued = std::pin::pin!(self.scheduler.run_once(slot.vm, slot.what.clone(), slot.limit, op));
             let outcome = tokio::select! {
@@ -117,6 +130,7 @@ impl Inner {
                         }
                     }
                 }
+                Err(error) if claim.come_again.load(Ordering::Acquire) => error,
                 // Work that has begun was let into the queue once; a full queue only delays it.
                 Err(error) if was_begun && error.reason() == Some(reason::QUEUE_FULL) => error,
                 Err(error) => return Err(error),
@@ -132,7 +146,8 @@ impl Inner {
 
     /// The longest that one install keeps a machine: waiting for its guest, a turn, and a reboot.
     fn hold_limit(&self) -> Duration {
-        self.config.action_deadline + 4 * self.config.ready_deadline + Duration::from_secs(600)
+        let ready = self.config.ready_deadline.saturating_mul(4);
+        self.config.action_deadline.saturating_add(ready).saturating_add(Duration::from_secs(600)).min(MAX_INTERVAL)
     }
 
     /// What a refused guest call means. Asks the compute backend only when the guest's error leaves it open.
@@ -192,8 +207,9 @@ impl Wait {
     const FIRST: Duration = Duration::from_millis(50);
 
     pub(super) fn new(longest: Duration, patience: Duration) -> Self {
-        // A pause of nothing would spin.
+        // A pause of nothing would spin, and a time that the clock cannot reach would panic.
         let longest = longest.max(Duration::from_millis(1));
+        let patience = patience.min(MAX_INTERVAL);
         Self { pause: Self::FIRST.min(longest), longest, patience, ends: None }
     }
 
@@ -210,12 +226,17 @@ impl Wait {
     }
 
     pub(super) fn give_up(&self, last: &Error) -> Error {
-        let error = Error::timed_out(format!(
-            "the guest did not answer in {}; seen last: {}",
-            crate::error::seconds(self.patience),
-            last.message()
-        ))
-        .with_retry(Retry::Safe);
+        let text = match self.patience {
+            Duration::ZERO => format!("the guest does not answer now: {}", last.message()),
+            patience => {
+                format!(
+                    "the guest did not answer in {}; seen last: {}",
+                    crate::error::seconds(patience),
+                    last.message()
+                )
+            }
+        };
+        let error = Error::timed_out(text).with_retry(Retry::Safe);
         match last.reason() {
             Some(reason) => error.with_reason(reason),
             None => error,
@@ -225,10 +246,14 @@ impl Wait {
 
 /// Decides the race between a turn that begins and a caller that goes: the first to take it wins.
 #[derive(Debug, Default)]
-struct Claim(AtomicBool);
+struct Claim {
+    taken: AtomicBool,
+    /// The turn's error means "not yet".
+    come_again: AtomicBool,
+}
 
 impl Claim {
     fn take(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
+        !self.taken.swap(true, Ordering::AcqRel)
     }
 }
