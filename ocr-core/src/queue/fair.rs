@@ -187,7 +187,7 @@ pub struct FairQueue {
     dead_timers: usize,
     /// Machines on probation that have no operations, the longest forgotten first.
     remembered: VecDeque<u32>,
-    /// The virtual clock of re-runs: the greatest tag served; the real time when nothing waits.
+    /// The virtual clock of re-runs: the greatest tag served; the real time when nothing waits. Never ahead of that.
     virtual_us: u64,
     /// The virtual clock of first runs, in turns.
     round: u64,
@@ -228,7 +228,7 @@ struct Op {
     place: Place,
     /// 0 for a one-shot.
     interval_us: u64,
-    /// In turns while it never ran, then in virtual microseconds. Never later than `due_us`.
+    /// In turns while it never ran, then in virtual microseconds.
     tag: u64,
     /// The tick it waits for, or whose run is pending or running.
     due_us: u64,
@@ -247,8 +247,11 @@ struct Vm {
     first_in_a_row: u8,
     /// The turn that its newest first run has.
     round: u64,
-    /// Its virtual clock. Never ahead of the queue's.
+    /// Its virtual clock, which its re-runs' tags are of.
     virtual_us: u64,
+    /// What to add to its virtual time to get the queue's. It grows when the machine lags by more than its credit:
+    /// all its operations alike are forgiven what they missed.
+    offset_us: u64,
     lanes: [Lane; 2],
 }
 
@@ -551,7 +554,7 @@ impl FairQueue {
             }
             Class::Again => {
                 self.virtual_us = self.virtual_us.max(listing.key.tag.min(now_us));
-                vm.virtual_us = vm.virtual_us.max(op.tag);
+                vm.virtual_us = vm.virtual_us.max(op.tag.min(now_us.saturating_sub(vm.offset_us)));
                 op.tag += op.interval_us;
                 vm.first_in_a_row = 0;
                 self.counters.started_again += 1;
@@ -579,10 +582,11 @@ impl FairQueue {
             self.spread = self.spread.wrapping_add(0x9E37_79B9);
             let least_us = op.interval_us / 20;
             let phase_us = least_us + scale(op.interval_us - least_us, self.spread);
-            op.due_us = now_us.saturating_add(phase_us);
+            op.due_us = now_us.saturating_add(phase_us.max(1));
             vm.catch_up(self.virtual_us);
-            // The tag is spread likewise: under overload, streams come back together in virtual time.
-            op.tag = vm.virtual_us.saturating_add(phase_us);
+            // The tag is spread likewise: under overload, streams come back together in virtual time. On average it is
+            // one interval on, which charges for the first run: else who opens a stream again and again gains by it.
+            op.tag = vm.virtual_us.saturating_add(op.interval_us / 2 + phase_us);
         } else {
             op.due_us = op.due_us.saturating_add(op.interval_us);
             if let Some(late_us) = now_us.checked_sub(op.due_us) {
@@ -622,20 +626,21 @@ impl FairQueue {
         let ward = usize::from(vm.on_probation);
         for class in Class::BOTH {
             let lane = &mut vm.lanes[class as usize];
-            let offered = match lane.heap.peek() {
+            let head = match lane.heap.peek() {
                 _ if vm.busy || class == Class::First && held_back => None,
-                None => None,
-                Some(Reverse((key, id))) => {
-                    let floor = match class {
-                        Class::First => 0,
-                        Class::Again => self.virtual_us.saturating_sub(self.ops[id.index()].interval_us),
-                    };
-                    Some(Key { tag: key.tag.max(floor), seq: key.seq })
-                }
+                head => head.map(|Reverse(head)| *head),
             };
-            if lane.listed.map(|listing| listing.key.seq) == offered.map(|key| key.seq) {
+            if lane.listed.map(|listing| listing.key.seq) == head.map(|(key, _)| key.seq) {
                 continue;
             }
+            let offered = head.map(|(mut key, id)| {
+                if class == Class::Again {
+                    let floor_us = self.virtual_us.saturating_sub(self.ops[id.index()].interval_us);
+                    vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(key.tag));
+                    key.tag += vm.offset_us;
+                }
+                key
+            });
             let heads = &mut self.heads[class as usize][ward];
             heads.alive -= usize::from(lane.listed.is_some());
             heads.alive += usize::from(offered.is_some());
@@ -699,6 +704,7 @@ impl FairQueue {
             first_in_a_row: 0,
             round: 0,
             virtual_us: 0,
+            offset_us: 0,
             lanes: Default::default(),
         };
         let index = match self.free_vms.pop() {
@@ -769,7 +775,7 @@ impl Vm {
     /// A machine on which nothing waits is served in full: its virtual clock is the queue's.
     fn catch_up(&mut self, virtual_us: u64) {
         if !self.busy && self.lanes[Class::Again as usize].len() == 0 {
-            self.virtual_us = self.virtual_us.max(virtual_us);
+            self.virtual_us = self.virtual_us.max(virtual_us.saturating_sub(self.offset_us));
         }
     }
 }

@@ -46,7 +46,7 @@ impl FairQueue {
                 assert_eq!(lane.listed.map(|listing| listing.key.seq), offered, "an idle machine's head is listed");
                 assert!(lane.heap.len() <= 2 * lane.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
             }
-            assert!(vm.virtual_us <= self.virtual_us, "no machine's clock is ahead of the queue's");
+            assert!(vm.virtual_us + vm.offset_us <= self.virtual_us, "no machine's clock is ahead of the queue's");
         }
         for class in Class::BOTH {
             for (ward, heads) in self.heads[class as usize].iter().enumerate() {
@@ -409,7 +409,6 @@ const SECOND: u64 = 1_000_000;
 struct Stream {
     interval_us: u64,
     vm: u128,
-    created_us: u64,
     /// Start of the first re-run counted, of the last one, and how many there were.
     first_us: u64,
     last_us: u64,
@@ -427,7 +426,6 @@ struct Sim {
     lateness_us: Vec<u64>,
     once_since: BTreeMap<OpId, u64>,
     once_waits_us: Vec<u64>,
-    busy_us: u64,
     length_us: u64,
     hung_from: u128,
     random: u64,
@@ -443,7 +441,6 @@ impl Sim {
             lateness_us: Vec::new(),
             once_since: BTreeMap::new(),
             once_waits_us: Vec::new(),
-            busy_us: 0,
             length_us,
             hung_from: u128::MAX,
             random: 42,
@@ -460,7 +457,7 @@ impl Sim {
 
     fn stream(&mut self, number: u128, interval_us: u64) {
         let id = self.queue.submit_every(vm(number), interval_us, self.now).unwrap();
-        let stream = Stream { interval_us, vm: number, created_us: self.now, ..Stream::default() };
+        let stream = Stream { interval_us, vm: number, ..Stream::default() };
         self.streams.insert(id, stream);
     }
 
@@ -475,7 +472,6 @@ impl Sim {
             while let Some(start) = self.queue.start_next(self.now) {
                 let hung = *start.vm.as_uuid() >= Uuid::from_u128(self.hung_from);
                 let length = if hung { 20 * SECOND } else { self.draw_length() };
-                self.busy_us += length;
                 self.ends.push(Reverse((self.now + length, start.op, hung)));
                 let lateness = self.now - start.planned_us;
                 if let Some(since) = self.once_since.remove(&start.op) {
@@ -513,8 +509,7 @@ impl Sim {
     /// Forgets what was measured so far: what follows is the steady state.
     fn measure_from_here(&mut self) {
         for stream in self.streams.values_mut() {
-            let fresh =
-                Stream { interval_us: stream.interval_us, vm: stream.vm, created_us: self.now, ..Stream::default() };
+            let fresh = Stream { interval_us: stream.interval_us, vm: stream.vm, ..Stream::default() };
             *stream = fresh;
         }
         self.lateness_us.clear();
@@ -565,7 +560,8 @@ fn late_joiners_starve_nobody() {
     }
     sim.run_until(3600 * SECOND);
     let worst = sim.streams.values().map(|stream| stream.max_gap_us).max().unwrap();
-    assert!(worst < 30 * SECOND * 5 / 2, "even at first nobody waits much longer than the rest, got {worst} us");
+    // Two intervals, and as long as five of six slots need for the first runs.
+    assert!(worst < 100 * SECOND, "the longest gap {worst} us");
     sim.measure_from_here();
     sim.run_until(5400 * SECOND);
     assert!(sim.max_slip() < 2.0 * 1.03, "max slip {}", sim.max_slip());
@@ -573,7 +569,7 @@ fn late_joiners_starve_nobody() {
 }
 
 #[test]
-fn coming_back_again_and_again_gains_little() {
+fn opening_again_and_again_gains_little() {
     let mut sim = Sim::new(6, SECOND / 5);
     for number in 0..JUST_SERVED * 6 / 5 {
         sim.stream(number % 90, 30 * SECOND);
@@ -591,7 +587,8 @@ fn coming_back_again_and_again_gains_little() {
         }
     }
     sim.streams.retain(|_, stream| stream.vm >= 30);
-    assert!(sim.max_slip() < 1.45, "max slip of those that stay {}", sim.max_slip());
+    // All alike would slip by 1.2; if the newest went first, by 1.5.
+    assert!(sim.max_slip() < 1.35, "max slip of those that stay {}", sim.max_slip());
 }
 
 #[test]
@@ -609,7 +606,6 @@ fn all_slip_alike_whatever_their_interval() {
         sim.measure_from_here();
         sim.run_until(1200 * SECOND);
         let least = load.max(1.0);
-        eprintln!("load {load}: max slip {}, Jain {}", sim.max_slip(), sim.jain());
         assert!(sim.max_slip() < least * 1.05, "load {load}: max slip {}", sim.max_slip());
         assert!(sim.jain() > 0.999, "load {load}: Jain {}", sim.jain());
     }
@@ -630,11 +626,28 @@ fn an_overloaded_machine_slips_alone_and_evenly() {
     sim.run_until(600 * SECOND);
     sim.measure_from_here();
     sim.run_until(3000 * SECOND);
-    eprintln!("overloaded vm: max slip {}", sim.max_slip());
     assert!(sim.max_slip() < 1.5 * 1.06, "max slip {}", sim.max_slip());
     sim.streams.retain(|_, stream| stream.vm > 0);
-    eprintln!("others {}", sim.max_slip());
     assert!(sim.max_slip() < 1.01, "max slip of the others {}", sim.max_slip());
+}
+
+#[test]
+fn a_machine_that_fell_behind_does_not_make_good_at_the_cost_of_others() {
+    let mut sim = Sim::new(2, SECOND / 5);
+    // Machine 0 gets twice what it can do, for ten minutes.
+    for _ in 0..100 {
+        sim.stream(0, 10 * SECOND);
+    }
+    sim.run_until(600 * SECOND);
+    // From now on there is thrice too much for all.
+    for number in 0..200 {
+        sim.stream(1 + number % 20, 10 * SECOND);
+    }
+    sim.run_until(700 * SECOND);
+    sim.measure_from_here();
+    sim.run_until(1000 * SECOND);
+    assert!(sim.max_slip() < 3.0 * 1.05, "max slip {}", sim.max_slip());
+    assert!(sim.jain() > 0.999, "Jain {}", sim.jain());
 }
 
 #[test]
@@ -644,11 +657,11 @@ fn below_saturation_runs_are_on_time() {
     for number in 0..1710 {
         sim.stream(number % 171, 30 * SECOND);
     }
-    sim.run_until(120 * SECOND);
+    // Until the burst of first runs is made good.
+    sim.run_until(360 * SECOND);
     sim.measure_from_here();
-    sim.run_until(900 * SECOND);
+    sim.run_until(1200 * SECOND);
     let (half, most) = (sim.lateness_quantile(0.5), sim.lateness_quantile(0.99));
-    eprintln!("lateness p50 {half}, p99 {most} of 1000");
     assert!(half <= 3 && most <= 14, "lateness p50 {half}, p99 {most} thousandths of the interval");
 }
 
@@ -668,7 +681,6 @@ fn a_flood_of_one_shots_leaves_the_reserve_to_streams() {
     }
     // One slot of eight: five runs a second, against ten wanted.
     let gap = sim.streams.values().map(|stream| stream.max_gap_us).max().unwrap();
-    eprintln!("flood: max slip {}, gap {gap}, jain {}", sim.max_slip(), sim.jain());
     assert!(sim.max_slip() < 2.0 * 1.1, "max slip {}", sim.max_slip());
     assert!(gap < 2 * 60 * SECOND, "the longest gap {gap} us");
     assert!(sim.jain() > 0.99, "Jain {}", sim.jain());
@@ -688,7 +700,6 @@ fn one_shots_hardly_wait_while_streams_are_overloaded() {
     }
     sim.once_waits_us.sort_unstable();
     let wait = sim.once_waits_us[sim.once_waits_us.len() * 99 / 100];
-    eprintln!("once waits p99 {wait}");
     assert!(wait < 2 * SECOND / 5, "p99 of one-shots' wait {wait} us");
 }
 
@@ -703,8 +714,6 @@ fn hung_machines_do_not_slow_the_healthy() {
     sim.run_until(300 * SECOND);
     sim.measure_from_here();
     sim.run_until(900 * SECOND);
-    eprintln!("healthy {}, p99 {}", sim.max_slip(), sim.lateness_quantile(0.99));
     assert!(sim.max_slip() < 1.02, "max slip of the healthy {}", sim.max_slip());
-    let hung_runs = sim.streams.values().filter(|stream| stream.vm >= sim.hung_from).map(|stream| stream.runs);
-    assert!(hung_runs.sum::<u64>() > 60, "the hung ones are still tried");
+    assert!(sim.queue.counters().hung > 120, "the hung ones are still tried: {:?}", sim.queue.counters());
 }
