@@ -156,7 +156,7 @@ impl Deployer {
     /// - `TimedOut` with what was seen last; then, as after any error of the backend, the create has been undone.
     pub async fn create(&self, request: CreateRequest) -> Result<Vm> {
         let spec = self.resolve(request).await?;
-        let key = Journal::key(&spec)?;
+        let key = Journal::key(&spec.tags, &spec.name)?;
         let end = tokio::time::Instant::now() + self.inner.config.ready_deadline;
         let journal = &self.inner.workshop.journal;
         loop {
@@ -202,13 +202,18 @@ impl Deployer {
     /// # Errors
     /// `Denied` for a machine that this owner did not make.
     pub async fn delete(&self, id: VmId) -> Result<Deletion> {
-        let journal = &self.inner.workshop.journal;
-        let entry = match journal.find(id).await? {
+        let Some(vm) = self.inner.parts.compute.find_vm(id).await? else {
+            // Whatever record it may have had is closed by who deletes it, by the next create or by reconcile.
+            return Ok(Deletion::AlreadyGone);
+        };
+        let Some(tags) = vm.tags.clone().filter(|tags| tags.owner == self.inner.config.owner) else {
+            return Err(Error::new(ErrorKind::Denied, "this machine was not made here and is not touched")
+                .during("lifecycle.delete")
+                .on(format!("vm {id}")));
+        };
+        let entry = match self.inner.workshop.journal.find(&tags, &vm.name).await? {
             Some(entry) => entry,
-            None => match self.inner.parts.compute.find_vm(id).await? {
-                None => return Ok(Deletion::AlreadyGone),
-                Some(vm) => self.adopt(vm).await?,
-            },
+            None => self.adopt(vm, tags).await?,
         };
         let outcome = self.start_delete(entry);
         outcome.await
@@ -350,12 +355,7 @@ impl Deployer {
     }
 
     /// A machine with our tag and without a record gets one, so that its deletion is journalled too.
-    async fn adopt(&self, vm: Vm) -> Result<Entry> {
-        let Some(tags) = vm.tags.clone().filter(|tags| tags.owner == self.inner.config.owner) else {
-            return Err(Error::new(ErrorKind::Denied, "this machine was not made here and is not touched")
-                .during("lifecycle.delete")
-                .on(format!("vm {}", vm.id)));
-        };
+    async fn adopt(&self, vm: Vm, tags: Tags) -> Result<Entry> {
         let spec = VmSpec {
             tags,
             name: vm.name,

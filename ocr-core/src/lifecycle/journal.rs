@@ -24,11 +24,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, ErrorKind, Key, Precondition, RequestId, Result, StateStore, StateStoreExt, Version, VmId, VmSpec};
+use crate::{
+    Error, ErrorKind, Key, Name, Precondition, RequestId, Result, StateStore, StateStoreExt, Tags, Version, VmId,
+    VmSpec,
+};
 
 const SCHEMA: u32 = 1;
 const RECORDS: &str = "vm";
-const INDEX: &str = "vm-id";
 
 /// Where a machine stands, as the journal knows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -115,9 +117,8 @@ impl Journal {
     }
 
     /// The key of the machine's record: the same for every request for the same name.
-    pub(super) fn key(spec: &VmSpec) -> Result<Key> {
-        let tags = &spec.tags;
-        Key::of(RECORDS, &[tags.owner.as_str(), &tags.scope.exercise, &tags.scope.deployment, spec.name.as_str()])
+    pub(super) fn key(tags: &Tags, name: &Name) -> Result<Key> {
+        Key::of(RECORDS, &[tags.owner.as_str(), &tags.scope.exercise, &tags.scope.deployment, name.as_str()])
     }
 
     /// Writes the intent, unless the name is taken: then `None`.
@@ -139,21 +140,17 @@ impl Journal {
         Ok(Some(Entry { key: key.clone(), record, version }))
     }
 
-    pub(super) async fn find(&self, id: VmId) -> Result<Option<Entry>> {
-        let Some((key, _)) = self.store.get_json::<String>(&Self::index(id)?).await? else { return Ok(None) };
-        let entry = self.read(&Key::new(key)?).await?;
+    /// The record that owns a machine, found by what the machine itself carries.
+    pub(super) async fn find(&self, tags: &Tags, name: &Name) -> Result<Option<Entry>> {
+        let entry = self.read(&Self::key(tags, name)?).await?;
         // The name may belong to a later machine by now.
-        Ok(entry.filter(|entry| entry.record.id == Some(id)))
+        Ok(entry.filter(|entry| *entry.record.request() == tags.request))
     }
 
     /// Moves a record on. Fails with `Conflict` when somebody else has moved it since it was read.
     pub(super) async fn advance(&self, entry: &mut Entry, change: impl FnOnce(&mut VmRecord)) -> Result<()> {
         let mut record = entry.record.clone();
         change(&mut record);
-        if let (None, Some(id)) = (entry.record.id, record.id) {
-            // The index comes first: an index without its record is harmless, the other way a delete would miss it.
-            self.store.put_json(&Self::index(id)?, &entry.key.as_str(), Precondition::Any).await?;
-        }
         match self.store.put_json(&entry.key, &record, Precondition::Version(entry.version)).await {
             Ok(version) => {
                 entry.version = version;
@@ -176,21 +173,17 @@ impl Journal {
         let mut version = entry.version;
         loop {
             match self.store.delete(&entry.key, Precondition::Version(version)).await {
-                Ok(_) => break,
+                Ok(_) => return Ok(()),
                 // Moved or forgotten by somebody else, or by a write whose answer was lost.
                 Err(error) if error.kind() == ErrorKind::Conflict => match self.read(&entry.key).await? {
                     Some(now) if now.record.request() == entry.record.request() && now.version > version => {
                         version = now.version;
                     }
-                    _ => break,
+                    _ => return Ok(()),
                 },
                 Err(error) => return Err(error),
             }
         }
-        if let Some(id) = entry.record.id {
-            self.store.delete(&Self::index(id)?, Precondition::Any).await?;
-        }
-        Ok(())
     }
 
     pub(super) async fn all(&self, owner: &str) -> Result<Vec<Entry>> {
@@ -201,10 +194,6 @@ impl Journal {
             entries.push(Entry { key, record, version });
         }
         Ok(entries)
-    }
-
-    fn index(id: VmId) -> Result<Key> {
-        Key::of(INDEX, &[&id.to_string()])
     }
 }
 
