@@ -467,6 +467,12 @@ impl FairQueue {
         Cancelled::Removed
     }
 
+    /// The machine of an operation that is in the queue.
+    pub fn vm(&self, id: OpId) -> Option<VmId> {
+        let op = self.ops.get(id.index()).filter(|op| op.generation == id.generation)?;
+        Some(self.vms[op.vm as usize].id)
+    }
+
     /// The counters.
     pub fn counters(&self) -> Counters {
         self.counters

@@ -3,4 +3,9 @@
 //! [`fair`] decides who runs next and is pure; [`scheduler`] runs it on tokio.
 
 pub mod fair;
+mod lateness;
 pub mod scheduler;
+
+pub use scheduler::{
+    LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig, Tick, VmQueue,
+};
