@@ -48,14 +48,18 @@ impl Inner {
                     Err(error) => report.failed.push(error.to_string()),
                 }
             }
-            // What is whole, on a machine that is there, needs nothing.
-            by_vm.retain(|vm, records| {
-                let there = known.as_ref().is_none_or(|known| known.contains(vm));
-                records.retain(|record| !self.is_active(record.id));
-                !records.is_empty() && !(there && records.iter().all(|record| record.stage == Stage::Installed))
-            });
-            let there = |vm: &VmId| known.as_ref().is_none_or(|known| known.contains(vm));
-            let machines: Vec<_> = by_vm.into_iter().map(|(vm, records)| (vm, there(&vm), records)).collect();
+            let mut machines = Vec::new();
+            for (vm, mut records) in by_vm {
+                let there = known.as_ref().is_none_or(|known| known.contains(&vm));
+                // What this process works on is no leftover; what is whole, on a machine that is there, needs nothing.
+                records.retain(|record| {
+                    let whole = there && record.stage == Stage::Installed;
+                    !whole && !self.is_active(record.id)
+                });
+                if !records.is_empty() {
+                    machines.push((vm, there, records));
+                }
+            }
             let mut reports = stream::iter(machines)
                 .map(|(vm, there, records)| self.clone().recover_machine(vm, there, records))
                 .buffer_unordered(AT_ONCE);

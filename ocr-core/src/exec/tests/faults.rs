@@ -28,23 +28,22 @@ impl Rig {
     }
 }
 
-fn all_faults() -> Vec<(&'static str, Box<dyn Fn() -> Fault>)> {
-    let not_ready = || Error::unavailable("away").with_reason(reason::AGENT_NOT_READY);
-    vec![
-        ("refused for now", Box::new(move || Fault::Before(not_ready()))),
-        ("refused for good", Box::new(|| Fault::Before(Error::internal("broken")))),
-        ("answer lost", Box::new(|| Fault::After(Error::timed_out("no answer")))),
-        ("answer lost, said to be refused for good", Box::new(|| Fault::After(Error::internal("broken")))),
-        ("hangs", Box::new(|| Fault::Hang)),
-        ("hangs after its effect", Box::new(|| Fault::HangAfter)),
-    ]
-}
+type NamedFault = (&'static str, fn() -> Fault);
+
+const FAULTS: [NamedFault; 6] = [
+    ("refused for now", || Fault::Before(Error::unavailable("away").with_reason(reason::AGENT_NOT_READY))),
+    ("refused for good", || Fault::Before(Error::internal("broken"))),
+    ("answer lost", || Fault::After(Error::timed_out("no answer"))),
+    ("answer lost, said to be refused for good", || Fault::After(Error::internal("broken"))),
+    ("hangs", || Fault::Hang),
+    ("hangs after its effect", || Fault::HangAfter),
+];
 
 #[tokio::test(start_paused = true)]
 async fn a_fault_at_any_call_of_an_install_leaves_all_or_nothing() {
     let mut tried = 0;
     for (shape, package) in (0..).zip(shapes()) {
-        for (name, fault) in all_faults() {
+        for (name, fault) in FAULTS {
             for nth in 1.. {
                 let what = format!("package {shape}, call {nth} {name}");
                 let mut rig = Rig::with(slow()).await;
@@ -72,7 +71,7 @@ async fn a_fault_at_any_call_of_an_install_leaves_all_or_nothing() {
 #[tokio::test(start_paused = true)]
 async fn a_fault_at_any_call_of_a_removal_leaves_all_or_nothing_and_it_can_be_repeated() {
     let mut tried = 0;
-    for (name, fault) in all_faults() {
+    for (name, fault) in FAULTS {
         for nth in 1.. {
             let what = format!("call {nth} {name}");
             let rig = Rig::with(slow()).await;
@@ -192,7 +191,7 @@ async fn a_stream_lives_through_a_fault_at_any_call() {
     let rig = Rig::new().await;
     let id = rig.command("echo 1", seconds(10)).await;
     let mut stream = rig.executor.watch(id).await.unwrap();
-    for (name, fault) in all_faults() {
+    for (name, fault) in FAULTS {
         for nth in 1..=6 {
             rig.faults().inject("*", nth, fault());
             let mut values = 0;
@@ -269,7 +268,7 @@ proptest! {
                             }));
                         }
                     }
-                    Move::Fault { nth, kind } => rig.faults().inject("*", nth, all_faults()[kind].1()),
+                    Move::Fault { nth, kind } => rig.faults().inject("*", nth, FAULTS[kind].1()),
                     Move::Agent { vm, answers } => {
                         rig.cloud.set_agent(vms[vm], if answers { AgentMode::Answers } else { AgentMode::Stopped });
                     }
