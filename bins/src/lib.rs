@@ -5,5 +5,6 @@
 pub mod backends;
 pub mod cli;
 pub mod logging;
+pub mod service;
 pub mod settings;
 pub mod startup;

@@ -22,12 +22,17 @@ pub struct LogGuard {
 /// When the folder cannot be made or written.
 pub fn start(settings: &LogSettings) -> Result<LogGuard, String> {
     // The level is ours; what libraries below say is of use only when it is bad.
-    let filter = EnvFilter::new(format!("warn,ocr={0},ocr_bins={0},ocr_core={0},ocr_grpc={0},ocr_libvirt={0},ocr_openstack={0}", settings.level));
+    let filter = EnvFilter::new(format!(
+        "warn,ocr={0},ocr_bins={0},ocr_core={0},ocr_grpc={0},ocr_libvirt={0},ocr_openstack={0}",
+        settings.level
+    ));
     let registry = tracing_subscriber::registry().with(filter);
     let writer = match &settings.dir {
         None => {
             // Escape codes make a log file unreadable.
-            let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
+            let layer = tracing_subscriber::fmt::layer()
+                .with_writer(std::io::stderr)
+                .with_ansi(std::io::stderr().is_terminal());
             registry.with(layer).try_init().map_err(|error| error.to_string())?;
             None
         }

@@ -12,6 +12,7 @@ use std::{
 };
 
 use ocr_core::{Owner, exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
 
 /// One variable: what it is for and what is wanted of it.
@@ -111,7 +112,12 @@ pub const VARIABLES: &[Variable] = &[
     variable("REGION", BOTH, Wanted::WithOpenStack, "OpenStack region"),
     Variable {
         wanted: Wanted::WithOpenStack,
-        ..optional("HYPERVISOR", BOTH, Some("qemu:///system"), "libvirt's connection address, such as qemu:///system or qemu+tcp://host/system")
+        ..optional(
+            "HYPERVISOR",
+            BOTH,
+            Some("qemu:///system"),
+            "libvirt's connection address, such as qemu:///system or qemu+tcp://host/system",
+        )
     },
     variable("HYPERVISOR_USER", BOTH, Wanted::WithOpenStack, "user name for libvirt over the network"),
     Variable {
@@ -120,19 +126,57 @@ pub const VARIABLES: &[Variable] = &[
     },
     optional("HYPERVISOR_WAIT_TIMEOUT", BOTH, Some("300"), "seconds that a machine or its agent may take to be ready"),
     optional("HYPERVISOR_WAIT_INTERVAL", BOTH, Some("5"), "seconds between two looks, at most, while waiting"),
-    optional("DOMAIN_TYPE", BOTH, Some("auto"), "libvirt's virtualisation: kvm, qemu (emulation), or auto, which starts a small domain to find out"),
-    optional("STORAGE_POOL", BOTH, Some("default"), "libvirt storage pool with the templates; machines' disks are made there"),
-    optional("OWNER", BOTH, Some("ocr"), "tag on everything this installation makes; two installations on one hypervisor need two"),
-    optional("STATE_STORE", BOTH, Some("embedded"), "where records are kept: embedded (one file) or memory (lost at the end)"),
+    optional(
+        "DOMAIN_TYPE",
+        BOTH,
+        Some("auto"),
+        "libvirt's virtualisation: kvm, qemu (emulation), or auto, which starts a small domain to find out",
+    ),
+    optional(
+        "STORAGE_POOL",
+        BOTH,
+        Some("default"),
+        "libvirt storage pool with the templates; machines' disks are made there",
+    ),
+    optional(
+        "OWNER",
+        BOTH,
+        Some("ocr"),
+        "tag on everything this installation makes; two installations on one hypervisor need two",
+    ),
+    optional(
+        "STATE_STORE",
+        BOTH,
+        Some("embedded"),
+        "where records are kept: embedded (one file) or memory (lost at the end)",
+    ),
     optional("STATE_FILE", BOTH, Some("/var/lib/ocr/SERVER.redb"), "file of the embedded store; one server each"),
     optional("REDIS_HOST", BOTH, None, "Redis server (not used by this version)"),
     optional("REDIS_PORT", BOTH, None, "port of the Redis server (not used by this version)"),
-    Variable { secret: true, ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis (not used by this version)") },
-    optional("PACKAGE_DIR", EXECUTOR, Some("/var/lib/ocr/packages"), "folder with Deputy packages, unpacked or as archives"),
+    Variable {
+        secret: true,
+        ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis (not used by this version)")
+    },
+    optional(
+        "PACKAGE_DIR",
+        EXECUTOR,
+        Some("/var/lib/ocr/packages"),
+        "folder with Deputy packages, unpacked or as archives",
+    ),
     optional("MAX_CONNECTIONS", EXECUTOR, Some("50"), "operations in guests at once, over all machines"),
     optional("ACTION_TIMEOUT", EXECUTOR, Some("300"), "seconds that one action in a guest may run"),
-    optional("CONDITION_REPLY", EXECUTOR, Some("executor_response"), "what ConditionService.create answers: executor_response, or identifier for the older Ranger"),
-    optional("RECONCILE_INTERVAL", MACHINER, Some("60"), "seconds between two reconciles; the first is at start"),
+    optional(
+        "CONDITION_REPLY",
+        EXECUTOR,
+        Some("executor_response"),
+        "what ConditionService.create answers: executor_response, or identifier for the older Ranger",
+    ),
+    optional(
+        "RECONCILE_INTERVAL",
+        BOTH,
+        Some("60"),
+        "seconds between two looks for unfinished work; the first is at start",
+    ),
     optional("SHUTDOWN_GRACE", BOTH, Some("25"), "seconds that work under way may take to end after SIGTERM"),
     optional("REFLECTION", BOTH, Some("true"), "whether gRPC server reflection is served"),
     optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
@@ -339,7 +383,9 @@ impl<'a> Reader<'a> {
         let insecure = self.boolean("GLOBAL_INSECURE");
         let libvirt = self.libvirt();
         if self.openstack {
-            for name in ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "DOMAIN", "PROJECT", "GATEWAY_NETWORK", "REGION"] {
+            for name in
+                ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "DOMAIN", "PROJECT", "GATEWAY_NETWORK", "REGION"]
+            {
                 self.text(name);
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
@@ -356,8 +402,7 @@ impl<'a> Reader<'a> {
         };
         let package_dir = self.only(Server::Executor, |r| PathBuf::from(r.text("PACKAGE_DIR")));
         let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
-        let reconcile_interval =
-            self.only(Server::Machiner, |r| r.seconds("RECONCILE_INTERVAL", 1, 86_400));
+        let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
         let reflection = self.boolean("REFLECTION");
         let log = self.log();
@@ -376,7 +421,7 @@ impl<'a> Reader<'a> {
             action_deadline: action,
             ready_deadline: timeout,
             ready_interval: interval,
-            ..exec::Config::default()
+            reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
         };
         let queue = SchedulerConfig { max_connections: connections.max(1), ..SchedulerConfig::default() };
         Ok(Settings {
@@ -608,7 +653,8 @@ mod tests {
 
     #[test]
     fn booleans_are_read_in_any_spelling() {
-        for (text, want) in [("True", true), ("1", true), ("YES", true), ("false", false), ("0", false), ("No", false)] {
+        for (text, want) in [("True", true), ("1", true), ("YES", true), ("false", false), ("0", false), ("No", false)]
+        {
             assert_eq!(with("GLOBAL_INSECURE", text).unwrap().insecure, want, "{text}");
         }
         assert!(with("GLOBAL_INSECURE", "ja").is_err());

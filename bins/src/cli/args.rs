@@ -224,6 +224,9 @@ pub struct ConformArgs {
     /// Run only the cases whose name contains this
     #[arg(long, default_value = "", hide_default_value = true)]
     pub filter: String,
+    /// A user of the guest other than the agent's own, for the cases that run commands as one
+    #[arg(long)]
+    pub guest_user: Option<String>,
     /// List the cases and run none
     #[arg(long)]
     pub list: bool,

@@ -13,9 +13,7 @@ use ocr_core::{
     ComputeBackend, ComputeBackendExt, GuestExecExt, ImageFilter, Owner, PowerAction, VmFilter, VmId, error::seconds,
 };
 use ocr_grpc::{
-    client::{
-        self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient,
-    },
+    client::{self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient},
     proto::{
         Condition, ConditionStreamResponse, Configuration, DeployVirtualMachine, Feature, Identifier, Inject, MetaInfo,
         Source, VirtualMachine,
@@ -56,7 +54,8 @@ const VALUE_DEADLINE: Duration = Duration::from_secs(180);
 
 /// Runs the demo.
 pub(crate) async fn run(args: &DemoArgs, output: &Output) -> Result<ExitCode, Failure> {
-    let work = tempfile::Builder::new().prefix("ocr-demo").tempdir().map_err(|error| Failure::new(error.to_string()))?;
+    let work =
+        tempfile::Builder::new().prefix("ocr-demo").tempdir().map_err(|error| Failure::new(error.to_string()))?;
     let packages = work.path().join("packages");
     write_packages(&packages).map_err(|error| Failure::new(format!("{}: {error}", packages.display())))?;
     // Its own owner, so that the proof at the end is about this run alone.
@@ -143,7 +142,10 @@ impl Stage {
                 (Servers::Processes(vec![machiner, executor]), one, two)
             }
         };
-        Ok(Self { backends, servers, machiner: client::connect(&format!("http://{machiner}")).await?,
+        Ok(Self {
+            backends,
+            servers,
+            machiner: client::connect(&format!("http://{machiner}")).await?,
             executor: client::connect(&format!("http://{executor}")).await?,
         })
     }
@@ -190,7 +192,12 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
 
     let begun = Instant::now();
     let mut machines = VirtualMachineServiceClient::new(stage.machiner.clone());
-    let request = deploy(&args.backend.template, &links(&stage.backends).await?);
+    let template = match (args.backend.backend, args.backend.template.as_str()) {
+        // The template of the memory backend has a name of its own.
+        (BackendKind::Memory, "guest") => "tiny",
+        (_, named) => named,
+    };
+    let request = deploy(template, &links(&stage.backends).await?);
     let vm = steps.during("a machine boots", machines.create(request.clone())).await?.into_inner().value;
     let vm_id: VmId = vm.parse()?;
     steps.note(&format!("created machine {vm}: it runs and its agent answers"), begun);
@@ -304,7 +311,11 @@ fn deploy(template: &str, links: &[String]) -> DeployVirtualMachine {
 /// One NIC on the network `default`, where there is one.
 async fn links(backends: &Backends) -> Result<Vec<String>, Failure> {
     let networks = backends.network.list_networks(&ocr_core::NetworkFilter::default()).await?;
-    Ok(networks.iter().filter(|network| network.name.as_str() == "default").map(|network| network.id.to_string()).collect())
+    Ok(networks
+        .iter()
+        .filter(|network| network.name.as_str() == "default")
+        .map(|network| network.id.to_string())
+        .collect())
 }
 
 fn source(name: &str) -> Source {
@@ -323,9 +334,9 @@ async fn next_value(values: &mut Streaming<ConditionStreamResponse>, wanted: f32
             }
         }
     };
-    tokio::time::timeout(VALUE_DEADLINE, wait)
-        .await
-        .unwrap_or_else(|_| Err(Failure::new(format!("the condition did not show {wanted} within {}", seconds(VALUE_DEADLINE)))))
+    tokio::time::timeout(VALUE_DEADLINE, wait).await.unwrap_or_else(|_| {
+        Err(Failure::new(format!("the condition did not show {wanted} within {}", seconds(VALUE_DEADLINE))))
+    })
 }
 
 /// Two values after the machine runs again prove that the stream outlived the reboot.
@@ -334,9 +345,7 @@ async fn still_streams(
     vm: VmId,
     values: &mut Streaming<ConditionStreamResponse>,
 ) -> Result<(), Failure> {
-    compute
-        .poll_vm(vm, VALUE_DEADLINE, |seen| seen.is_some_and(|vm| vm.state == ocr_core::VmState::Running))
-        .await?;
+    compute.poll_vm(vm, VALUE_DEADLINE, |seen| seen.is_some_and(|vm| vm.state == ocr_core::VmState::Running)).await?;
     next_value(values, 1.0).await?;
     next_value(values, 1.0).await
 }

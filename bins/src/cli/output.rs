@@ -2,11 +2,7 @@
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is where the command line speaks")]
 
-use std::{
-    fmt,
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fmt, process::ExitCode, time::Duration};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -88,7 +84,10 @@ impl Failure {
 
 impl From<tonic::Status> for Failure {
     fn from(status: tonic::Status) -> Self {
-        Self { code: Some(format!("{:?}", status.code())), message: format!("{} ({:?})", status.message(), status.code()) }
+        Self {
+            code: Some(format!("{:?}", status.code())),
+            message: format!("{} ({:?})", status.message(), status.code()),
+        }
     }
 }
 

@@ -123,8 +123,12 @@ pub(crate) async fn reconcile(cli: &Cli, output: &Output) -> Result<(), Failure>
     let progress = output.progress("reconciling");
     let report = machines.reconcile(v1::ReconcileRequest {}).await?.into_inner();
     progress.finish_and_clear();
-    let parts =
-        [("ended", &report.ended), ("swept", &report.swept), ("forgotten", &report.forgotten), ("failed", &report.failed)];
+    let parts = [
+        ("ended", &report.ended),
+        ("swept", &report.swept),
+        ("forgotten", &report.forgotten),
+        ("failed", &report.failed),
+    ];
     if output.is_json() {
         let value: serde_json::Map<_, _> = parts.iter().map(|(name, list)| ((*name).to_owned(), json!(list))).collect();
         output.result(format_args!(""), &value);
