@@ -4,9 +4,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::BoxFuture;
-
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{Error, ErrorKind, Result};
 
 /// A test aid: makes chosen calls fail, before or after their effect, or answer late.
@@ -164,7 +162,7 @@ impl Around for FaultLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let (nth, fault) = self.lock().arrive(call.operation);
         let named = |error: Error| error.during(call.operation).on(call.resource.to_string());

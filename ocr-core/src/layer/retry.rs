@@ -1,9 +1,8 @@
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{Error, ErrorKind, Result, Retry, error::seconds};
 
 /// Makes failed calls again, where that is safe.
@@ -67,7 +66,7 @@ impl Around for RetryLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let began = Instant::now();
         let budget = self.budget.saturating_add(call.granted.unwrap_or_default());

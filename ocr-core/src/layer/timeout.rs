@@ -1,8 +1,6 @@
 use std::time::Duration;
 
-use futures::future::BoxFuture;
-
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{Error, Result, error::seconds};
 
 /// Gives up on calls that do not answer.
@@ -65,7 +63,7 @@ impl Around for TimeoutLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let limit = self.limit_of(call);
         tokio::time::timeout(limit, attempt()).await.unwrap_or_else(|_| {
