@@ -8,6 +8,7 @@ pub mod id;
 pub mod image;
 pub mod layer;
 pub mod lifecycle;
+pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
