@@ -14,19 +14,26 @@
 //! log has one line for a call that failed, however many attempts it took. A [`FaultLayer`] belongs directly around the backend that it stands in for.
 //!
 //! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> ocr_core::Result<()> {
 //! use std::{sync::Arc, time::Duration};
 //!
 //! use ocr_core::{
-//!     ComputeBackend,
-//!     layer::{LayerExt, RetryLayer, TimeoutLayer, TraceLayer},
+//!     ComputeBackend, LayerExt,
+//!     layer::{Fault, FaultLayer, RetryLayer, TimeoutLayer, TraceLayer},
+//!     memory::MemoryCloud,
 //! };
 //!
-//! fn robust(backend: Arc<dyn ComputeBackend>) -> Arc<dyn ComputeBackend> {
-//!     backend
-//!         .layer(TimeoutLayer::default().limit("compute.create_vm", Duration::from_secs(120)))
-//!         .layer(RetryLayer { max_attempts: 3, ..RetryLayer::default() })
-//!         .layer(TraceLayer)
-//! }
+//! let faults = FaultLayer::new().on("compute.create_vm", 1, Fault::LoseAnswer);
+//! let compute: Arc<dyn ComputeBackend> = Arc::new(MemoryCloud::new())
+//!     .layer(faults)
+//!     .layer(TimeoutLayer::default().limit("compute.create_vm", Duration::from_secs(120)))
+//!     .layer(RetryLayer { max_attempts: 3, ..RetryLayer::default() })
+//!     .layer(TraceLayer);
+//!
+//! // The first answer is lost; the repeat finds the machine by its request.
+//! let vm = compute.create_vm(&MemoryCloud::tiny_spec("web-0")).await?;
+//! assert_eq!(compute.list_vms(&Default::default()).await?, [vm]);
+//! # Ok(()) }
 //! ```
 
 use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
@@ -139,6 +146,12 @@ impl fmt::Display for Resource<'_> {
             Self::Records(prefix) => write!(f, "records {}", crate::id::shown(prefix)),
         }
     }
+}
+
+/// Refuses an operation prefix that matches nothing: it would never do anything, and nobody would notice.
+fn check_prefix(prefix: &str) {
+    let known = crate::memory::Faults::OPERATIONS.iter().any(|operation| operation.starts_with(prefix));
+    assert!(known, "no operation begins with {prefix:?}");
 }
 
 /// A backend with something around each of its calls.

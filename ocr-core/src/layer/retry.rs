@@ -32,13 +32,14 @@ pub struct RetryLayer {
 }
 
 impl Default for RetryLayer {
-    /// Five attempts, pauses from 0.1 to 5 s, within 30 s.
+    /// Five attempts, pauses from 0.1 to 5 s, within 90 s: a call that hung until the usual limit of
+    /// [`TimeoutLayer`](super::TimeoutLayer) is made once more.
     fn default() -> Self {
         Self {
             max_attempts: 5,
             first_pause: Duration::from_millis(100),
             max_pause: Duration::from_secs(5),
-            budget: Duration::from_secs(30),
+            budget: Duration::from_secs(90),
         }
     }
 }

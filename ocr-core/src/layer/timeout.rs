@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use super::{Around, Attempt, Call};
+use super::{Around, Attempt, Call, check_prefix};
 use crate::{Error, Result, error::seconds};
 
 /// Gives up on calls that do not answer.
@@ -45,7 +45,11 @@ impl TimeoutLayer {
     }
 
     /// Sets the limit of an operation (`compute.create_vm`) or of all whose name begins so (`compute.`).
+    ///
+    /// # Panics
+    /// When no operation begins so.
     pub fn limit(mut self, prefix: &'static str, limit: Duration) -> Self {
+        check_prefix(prefix);
         self.limits.retain(|(known, _)| *known != prefix);
         self.limits.push((prefix, limit));
         self
