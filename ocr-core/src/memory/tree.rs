@@ -8,7 +8,6 @@ pub(super) const ROOT: &str = "root";
 const MAX_NODES: usize = 100_000;
 
 /// A file's content: shared until it is changed, and appended to without a copy of the whole.
-#[expect(clippy::rc_buffer, reason = "a slice could not grow in place")]
 pub(super) type Content = Arc<Vec<u8>>;
 
 #[derive(Clone, Debug)]
