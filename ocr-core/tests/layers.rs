@@ -377,3 +377,96 @@ async fn all_layers_together_are_a_backend_like_any_other() {
     let vm = layered.create_vm(&MemoryCloud::tiny_spec("web-0")).await.unwrap();
     assert_eq!(layered.find_vm(vm.id).await.unwrap().unwrap().id, vm.id);
 }
+
+/// The whole suite through the layers: a layered backend is a backend.
+#[cfg(feature = "conformance")]
+mod conformance {
+    use ocr_core::conformance::{Report, Subject, run};
+    use tokio::sync::OnceCell;
+
+    use super::*;
+
+    fn counts(report: &Report) -> (usize, usize, usize) {
+        (report.passed(), report.failed(), report.ignored())
+    }
+
+    /// How many cases the bare memory passes, fails and leaves out.
+    async fn bare() -> (usize, usize, usize) {
+        static BARE: OnceCell<(usize, usize, usize)> = OnceCell::const_new();
+        let (cloud, state) = (MemoryCloud::new(), MemoryState::new());
+        *BARE.get_or_init(|| async { counts(&run(&Subject::memory(&cloud, &state), |_| true).await) }).await
+    }
+
+    /// Runs the suite over the memory with layers around it, and holds that as many cases pass as without.
+    async fn assert_conforms<A: Around + Clone>(around: A) {
+        let (cloud, state) = (Arc::new(MemoryCloud::new()), Arc::new(MemoryState::new()));
+        let subject = Subject {
+            compute: Some(cloud.clone().layer(around.clone())),
+            network: Some(cloud.clone().layer(around.clone())),
+            image: Some(cloud.clone().layer(around.clone())),
+            guest: Some(cloud.clone().layer(around.clone())),
+            state: Some(state.clone().layer(around)),
+            ..Subject::memory(&cloud, &state)
+        };
+        let layered = run(&subject, |_| true).await;
+        assert_eq!(counts(&layered), bare().await, "{layered}");
+        assert!(layered.failures().is_empty() && layered.passed() > 60, "{layered}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_retry() {
+        assert_conforms(RetryLayer::default()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_timeout() {
+        assert_conforms(TimeoutLayer::default()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_limit() {
+        // A case makes several calls at once, some of which wait for others: one place would not do.
+        assert_conforms(LimitLayer::new(4, Duration::from_secs(600))).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_trace() {
+        let subscriber = tracing_subscriber::fmt().with_max_level(tracing::Level::TRACE).with_writer(io::sink).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        assert_conforms(TraceLayer).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_an_empty_plan_of_faults() {
+        let faults = FaultLayer::new();
+        assert_conforms(faults.clone()).await;
+        assert!(faults.calls() > 200 && faults.injected() == 0, "{faults:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_through_all_layers_together() {
+        let inner = Stack(FaultLayer::new(), TimeoutLayer::default());
+        let outer = Stack(LimitLayer::new(4, Duration::from_secs(600)), Stack(RetryLayer::default(), TraceLayer));
+        assert_conforms(Stack(inner, outer)).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn every_case_passes_when_a_quarter_of_all_calls_is_refused_and_repeated() {
+        for seed in 0..3 {
+            let faults = FaultLayer::new().often("", 0.25, seed, Fault::Refuse(ErrorKind::Unavailable));
+            let first_pause = Duration::from_millis(1);
+            let retry = RetryLayer { max_attempts: 40, first_pause, max_pause: first_pause, ..RetryLayer::default() };
+            assert_conforms(Stack(faults.clone(), retry)).await;
+            assert!(faults.injected() > 50, "{faults:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn faults_without_retry_fail_cases() {
+        // Else the test above would prove nothing.
+        let (cloud, state) = (Arc::new(MemoryCloud::new()), MemoryState::new());
+        let faults = FaultLayer::new().often("compute.", 0.25, 1, Fault::Refuse(ErrorKind::Unavailable));
+        let subject = Subject { compute: Some(cloud.clone().layer(faults)), ..Subject::memory(&cloud, &state) };
+        assert!(run(&subject, |case| case.name.starts_with("vm_")).await.failed() > 5);
+    }
+}
