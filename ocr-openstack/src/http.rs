@@ -23,6 +23,8 @@ pub(crate) fn client(certificates: &Certificates) -> Result<Client> {
         .user_agent(concat!("ocr-openstack/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(CONNECT_LIMIT)
         .timeout(ANSWER_LIMIT)
+        // Else it reads `HTTPS_PROXY` and its like from the environment, which is not for a library to do.
+        .no_proxy()
         .tls_version_min(tls::Version::TLS_1_2)
         // A redirect would carry the secret to whom it names.
         .redirect(redirect::Policy::none());

@@ -4,9 +4,7 @@ use std::{
     time::Duration,
 };
 
-use futures::future::BoxFuture;
-
-use super::{Around, Call};
+use super::{Around, Attempt, Call, check_prefix};
 use crate::{Error, ErrorKind, Result};
 
 /// A test aid: makes chosen calls fail, before or after their effect, or answer late.
@@ -76,18 +74,29 @@ impl FaultLayer {
     }
 
     /// Plans a fault for the nth call of all from now on, beginning with 1.
+    ///
+    /// # Panics
+    /// When `nth` is 0: the test would prove nothing.
     pub fn at(self, nth: u64, fault: Fault) -> Self {
         self.on("", nth, fault)
     }
 
     /// Plans a fault for the nth call from now on, beginning with 1, of an operation (`compute.create_vm`) or of all
     /// whose name begins so (`compute.`).
+    ///
+    /// # Panics
+    /// When `nth` is 0 or no operation begins so.
     pub fn on(self, prefix: &'static str, nth: u64, fault: Fault) -> Self {
+        assert!(nth > 0, "calls are counted from 1");
         self.plan(prefix, When::Nth { nth, seen: 0 }, fault)
     }
 
     /// Plans a fault for a share of the calls, from 0 (none) to 1 (all), of an operation or of all whose name begins so.
+    ///
+    /// # Panics
+    /// When `share` is not from 0 to 1 or no operation begins so.
     pub fn often(self, prefix: &'static str, share: f64, seed: u64, fault: Fault) -> Self {
+        assert!((0.0..=1.0).contains(&share), "a share is from 0 to 1, not {share}");
         // The cast saturates, so that a share of 1 is all but one in 2^64.
         self.plan(prefix, When::Often { seed, below: (share * u64::MAX as f64) as u64 }, fault)
     }
@@ -113,6 +122,7 @@ impl FaultLayer {
     }
 
     fn plan(self, prefix: &'static str, when: When, fault: Fault) -> Self {
+        check_prefix(prefix);
         self.lock().rules.push(Rule { prefix, when, fault });
         self
     }
@@ -164,7 +174,7 @@ impl Around for FaultLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let (nth, fault) = self.lock().arrive(call.operation);
         let named = |error: Error| error.during(call.operation).on(call.resource.to_string());
@@ -269,6 +279,12 @@ mod tests {
         assert_eq!(make(&faults, "state.get").await.0.unwrap_err().kind(), ErrorKind::TimedOut);
         assert_eq!(make(&faults, "state.get").await.0.unwrap_err().kind(), ErrorKind::Unavailable);
         assert!(make(&faults, "state.get").await.0.is_ok());
+    }
+
+    #[test]
+    #[should_panic(expected = "compute.creat_vm")]
+    fn a_plan_that_can_never_happen_is_a_mistake() {
+        let _ = FaultLayer::new().on("compute.creat_vm", 1, REFUSE);
     }
 
     /// Which calls of each operation fail, when the operations take turns as `order` says.

@@ -1,9 +1,8 @@
 use std::{sync::Arc, time::Duration};
 
-use futures::future::BoxFuture;
 use tokio::{sync::Semaphore, time::timeout};
 
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{
     Error, ErrorKind, Result, Retry,
     error::{reason, seconds},
@@ -33,7 +32,7 @@ impl Around for LimitLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         // The semaphore is never closed: the only fault is the wait.
         let Ok(Ok(_place)) = timeout(self.max_wait, self.places.acquire()).await else {

@@ -7,31 +7,36 @@
 //! [`LayerExt::layer`] puts the new layer outside of what is there. The usual stack, inside out:
 //!
 //! ```text
-//! backend  <  LimitLayer  <  TimeoutLayer  <  RetryLayer  <  TraceLayer  <  caller
+//! backend  <  TimeoutLayer  <  LimitLayer  <  RetryLayer  <  TraceLayer  <  caller
 //! ```
 //!
-//! Each attempt has its own limit, the repeats share a budget, and the log has one line for a call that failed,
-//! however many attempts it took. A [`FaultLayer`] belongs directly around the backend that it stands in for.
+//! Each attempt has its own time, which does not run while it waits for its turn; the repeats share a budget; and the
+//! log has one line for a call that failed, however many attempts it took. A [`FaultLayer`] belongs directly around the backend that it stands in for.
 //!
 //! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> ocr_core::Result<()> {
 //! use std::{sync::Arc, time::Duration};
 //!
 //! use ocr_core::{
-//!     ComputeBackend,
-//!     layer::{LayerExt, RetryLayer, TimeoutLayer, TraceLayer},
+//!     ComputeBackend, LayerExt,
+//!     layer::{Fault, FaultLayer, RetryLayer, TimeoutLayer, TraceLayer},
+//!     memory::MemoryCloud,
 //! };
 //!
-//! fn robust(backend: Arc<dyn ComputeBackend>) -> Arc<dyn ComputeBackend> {
-//!     backend
-//!         .layer(TimeoutLayer::default().limit("compute.create_vm", Duration::from_secs(120)))
-//!         .layer(RetryLayer { max_attempts: 3, ..RetryLayer::default() })
-//!         .layer(TraceLayer)
-//! }
+//! let faults = FaultLayer::new().on("compute.create_vm", 1, Fault::LoseAnswer);
+//! let compute: Arc<dyn ComputeBackend> = Arc::new(MemoryCloud::new())
+//!     .layer(faults)
+//!     .layer(TimeoutLayer::default().limit("compute.create_vm", Duration::from_secs(120)))
+//!     .layer(RetryLayer { max_attempts: 3, ..RetryLayer::default() })
+//!     .layer(TraceLayer);
+//!
+//! // The first answer is lost; the repeat finds the machine by its request.
+//! let vm = compute.create_vm(&MemoryCloud::tiny_spec("web-0")).await?;
+//! assert_eq!(compute.list_vms(&Default::default()).await?, [vm]);
+//! # Ok(()) }
 //! ```
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
-
-use futures::future::BoxFuture;
+use std::{fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use crate::{ImageId, Key, Name, NetworkId, Result, VmId};
 
@@ -52,16 +57,45 @@ pub use trace::TraceLayer;
 ///
 /// It is written once and serves all five traits. `attempt` makes the call; each use of it is one more call of the
 /// inner backend. A layer is shared by all tasks, and the future it returns may be dropped at any await.
+///
+/// ```
+/// use std::sync::atomic::{AtomicU64, Ordering};
+///
+/// use ocr_core::{
+///     Result,
+///     layer::{Around, Attempt, Call},
+/// };
+///
+/// /// Counts calls that failed.
+/// #[derive(Debug, Default)]
+/// struct Failures(AtomicU64);
+///
+/// impl Around for Failures {
+///     async fn around<'a, T, F>(&'a self, _call: &'a Call<'a>, attempt: F) -> Result<T>
+///     where
+///         T: Send + 'a,
+///         F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
+///     {
+///         let result = attempt().await;
+///         self.0.fetch_add(u64::from(result.is_err()), Ordering::Relaxed);
+///         result
+///     }
+/// }
+/// ```
 pub trait Around: fmt::Debug + Send + Sync + 'static {
     /// Answers one call, by any number of attempts.
     fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> impl Future<Output = Result<T>> + Send + 'a
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a;
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a;
 }
+
+/// One call of the inner backend, on its way.
+pub type Attempt<'a, T> = Pin<Box<dyn Future<Output = Result<T>> + Send + 'a>>;
 
 /// What a layer knows of a call. It never holds contents: no file, command, environment or record.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Call<'a> {
     /// The method, as `trait.method`: `compute.create_vm`.
     pub operation: &'static str,
@@ -114,6 +148,12 @@ impl fmt::Display for Resource<'_> {
     }
 }
 
+/// Refuses an operation prefix that matches nothing: it would never do anything, and nobody would notice.
+fn check_prefix(prefix: &str) {
+    let known = crate::memory::Faults::OPERATIONS.iter().any(|operation| operation.starts_with(prefix));
+    assert!(known, "no operation begins with {prefix:?}");
+}
+
 /// A backend with something around each of its calls.
 ///
 /// It implements those of the five traits that the inner backend implements. Capabilities pass straight through.
@@ -152,7 +192,7 @@ impl<A: Around> Around for Option<A> {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         match self {
             Some(around) => around.around(call, attempt).await,

@@ -1,9 +1,8 @@
 use std::time::Duration;
 
-use futures::future::BoxFuture;
 use tokio::time::{Instant, sleep};
 
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{Error, ErrorKind, Result, Retry, error::seconds};
 
 /// Makes failed calls again, where that is safe.
@@ -33,13 +32,14 @@ pub struct RetryLayer {
 }
 
 impl Default for RetryLayer {
-    /// Five attempts, pauses from 0.1 to 5 s, within 30 s.
+    /// Five attempts, pauses from 0.1 to 5 s, within 90 s: a call that hung until the usual limit of
+    /// [`TimeoutLayer`](super::TimeoutLayer) is made once more.
     fn default() -> Self {
         Self {
             max_attempts: 5,
             first_pause: Duration::from_millis(100),
             max_pause: Duration::from_secs(5),
-            budget: Duration::from_secs(30),
+            budget: Duration::from_secs(90),
         }
     }
 }
@@ -67,7 +67,7 @@ impl Around for RetryLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let began = Instant::now();
         let budget = self.budget.saturating_add(call.granted.unwrap_or_default());

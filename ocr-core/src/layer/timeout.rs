@@ -1,8 +1,6 @@
 use std::time::Duration;
 
-use futures::future::BoxFuture;
-
-use super::{Around, Call};
+use super::{Around, Attempt, Call, check_prefix};
 use crate::{Error, Result, error::seconds};
 
 /// Gives up on calls that do not answer.
@@ -47,7 +45,11 @@ impl TimeoutLayer {
     }
 
     /// Sets the limit of an operation (`compute.create_vm`) or of all whose name begins so (`compute.`).
+    ///
+    /// # Panics
+    /// When no operation begins so.
     pub fn limit(mut self, prefix: &'static str, limit: Duration) -> Self {
+        check_prefix(prefix);
         self.limits.retain(|(known, _)| *known != prefix);
         self.limits.push((prefix, limit));
         self
@@ -65,7 +67,7 @@ impl Around for TimeoutLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let limit = self.limit_of(call);
         tokio::time::timeout(limit, attempt()).await.unwrap_or_else(|_| {

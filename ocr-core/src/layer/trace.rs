@@ -1,10 +1,9 @@
 use std::{error::Error as _, iter::successors};
 
-use futures::future::BoxFuture;
 use tokio::time::Instant;
 use tracing::{Instrument, Span, field::Empty};
 
-use super::{Around, Call};
+use super::{Around, Attempt, Call};
 use crate::{Error, Result};
 
 /// A `tracing` span for each call, and one event for each call that failed.
@@ -22,7 +21,7 @@ impl Around for TraceLayer {
     async fn around<'a, T, F>(&'a self, call: &'a Call<'a>, attempt: F) -> Result<T>
     where
         T: Send + 'a,
-        F: Fn() -> BoxFuture<'a, Result<T>> + Send + Sync + 'a,
+        F: Fn() -> Attempt<'a, T> + Send + Sync + 'a,
     {
         let span = tracing::debug_span!(
             target: TARGET,
