@@ -1,0 +1,257 @@
+//! The QEMU guest agent's commands, typed, one at a time per machine.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use ocr_core::{
+    Error, ErrorKind, Result, Retry, VmId,
+    error::{reason, seconds},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::AgentLink;
+
+/// The longest that one command may take. The agent itself answers in milliseconds; an agent that does not is hung.
+const COMMAND_LIMIT: Duration = Duration::from_secs(15);
+
+/// The longest wait for the commands of other callers on the same machine.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// Machines whose locks are kept although nobody uses them now.
+const IDLE_LOCKS: usize = 1024;
+
+/// A link and the turns on it.
+#[derive(Debug)]
+pub(super) struct Agent<L> {
+    link: L,
+    /// The hypervisor takes one command of a machine at a time and gives up on one that waits for 30 s; more threads on
+    /// one machine are slower in all. So callers queue here.
+    turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+/// What the agent says of itself.
+#[derive(Debug, Deserialize)]
+pub(super) struct Info {
+    pub(super) version: String,
+    #[serde(default)]
+    pub(super) supported_commands: Vec<SupportedCommand>,
+}
+
+/// One command of the agent.
+#[derive(Debug, Deserialize)]
+pub(super) struct SupportedCommand {
+    name: String,
+    enabled: bool,
+}
+
+impl Info {
+    pub(super) fn can(&self, commands: &[&str]) -> bool {
+        commands
+            .iter()
+            .all(|name| self.supported_commands.iter().any(|command| command.enabled && command.name == *name))
+    }
+}
+
+/// What the agent says of the guest's system.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct OsInfo {
+    pub(super) id: String,
+    pub(super) pretty_name: String,
+    pub(super) name: String,
+}
+
+/// How a program of `guest-exec` fares.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct ExecStatus {
+    exited: bool,
+    exitcode: Option<i64>,
+    signal: Option<i64>,
+    #[serde(default)]
+    out_data: String,
+    #[serde(default)]
+    err_data: String,
+}
+
+/// A program that ended.
+#[derive(Debug)]
+pub(super) struct Exited {
+    /// For people: `exit code 1`, `signal 9`.
+    pub(super) how: String,
+    pub(super) stdout: Bytes,
+    pub(super) stderr: Bytes,
+}
+
+#[derive(Debug, Deserialize)]
+struct Pid {
+    pid: i64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Written {
+    count: usize,
+}
+
+#[derive(Debug, Deserialize)]
+struct Read {
+    count: usize,
+    #[serde(rename = "buf-b64", default)]
+    buf_b64: String,
+    eof: bool,
+}
+
+/// An open file of the agent's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handle(i64);
+
+impl<L: AgentLink> Agent<L> {
+    pub(super) fn new(link: L) -> Self {
+        Self { link, turns: Mutex::default() }
+    }
+
+    pub(super) async fn info(&self, vm: VmId) -> Result<Info> {
+        self.call(vm, "guest-info", Value::Null).await
+    }
+
+    pub(super) async fn os_info(&self, vm: VmId) -> Result<OsInfo> {
+        self.call(vm, "guest-get-osinfo", Value::Null).await
+    }
+
+    /// Starts a program that gets `input` on stdin and whose output is kept until it is asked for.
+    pub(super) async fn start(&self, vm: VmId, program: &str, arguments: &[String], input: &[u8]) -> Result<i64> {
+        let started: Pid = self
+            .call(
+                vm,
+                "guest-exec",
+                json!({ "path": program, "arg": arguments, "input-data": BASE64.encode(input), "capture-output": true }),
+            )
+            .await?;
+        Ok(started.pid)
+    }
+
+    /// Asks for a program's end. The agent tells it once and forgets it.
+    pub(super) async fn status(&self, vm: VmId, pid: i64) -> Result<Option<Exited>> {
+        let status: ExecStatus = self.call(vm, "guest-exec-status", json!({ "pid": pid })).await?;
+        if !status.exited {
+            return Ok(None);
+        }
+        let how = match (status.exitcode, status.signal) {
+            (Some(code), _) => format!("exit code {code}"),
+            (None, Some(signal)) => format!("signal {signal}"),
+            (None, None) => "no exit code".to_owned(),
+        };
+        Ok(Some(Exited { how, stdout: decode(&status.out_data)?, stderr: decode(&status.err_data)? }))
+    }
+
+    pub(super) async fn open(&self, vm: VmId, path: &str, mode: &str) -> Result<Handle> {
+        self.call(vm, "guest-file-open", json!({ "path": path, "mode": mode })).await.map(Handle)
+    }
+
+    pub(super) async fn close(&self, vm: VmId, handle: Handle) -> Result<()> {
+        self.call::<Value>(vm, "guest-file-close", json!({ "handle": handle.0 })).await.map(drop)
+    }
+
+    pub(super) async fn seek(&self, vm: VmId, handle: Handle, offset: u64) -> Result<()> {
+        let arguments = json!({ "handle": handle.0, "offset": offset, "whence": "set" });
+        self.call::<Value>(vm, "guest-file-seek", arguments).await.map(drop)
+    }
+
+    /// Writes a piece and returns how much of it was written: less is legal.
+    pub(super) async fn write(&self, vm: VmId, handle: Handle, piece: &[u8]) -> Result<usize> {
+        let arguments = json!({ "handle": handle.0, "buf-b64": BASE64.encode(piece) });
+        let written: Written = self.call(vm, "guest-file-write", arguments).await?;
+        match written.count {
+            0 => Err(Error::unavailable("the guest agent wrote nothing of a piece of a file")),
+            count if count > piece.len() => Err(Error::internal("the guest agent wrote more than it was given")),
+            count => Ok(count),
+        }
+    }
+
+    /// Reads at most `count` bytes; `true` beside them at the file's end.
+    pub(super) async fn read(&self, vm: VmId, handle: Handle, count: usize) -> Result<(Bytes, bool)> {
+        let arguments = json!({ "handle": handle.0, "count": count });
+        let read: Read = self.call(vm, "guest-file-read", arguments).await?;
+        let bytes = decode(&read.buf_b64)?;
+        if bytes.len() != read.count || bytes.len() > count {
+            return Err(Error::internal("the guest agent's count of the bytes read is not theirs"));
+        }
+        Ok((bytes, read.eof))
+    }
+
+    async fn call<T: DeserializeOwned>(&self, vm: VmId, command: &'static str, arguments: Value) -> Result<T> {
+        let message = if arguments.is_null() {
+            json!({ "execute": command })
+        } else {
+            json!({ "execute": command, "arguments": arguments })
+        }
+        .to_string();
+        let turn = self.turn(vm);
+        let answer = {
+            let _turn = tokio::time::timeout(TURN_LIMIT, turn.lock()).await.map_err(|_| {
+                Error::unavailable(format!("other calls kept the guest agent busy for {}", seconds(TURN_LIMIT)))
+                    .with_reason(reason::AGENT_NOT_READY)
+            })?;
+            self.link.command(vm, &message, COMMAND_LIMIT).await.map_err(refusal)?
+        };
+        let mut answer: Value = serde_json::from_str(&answer).map_err(|cause| {
+            Error::internal(format!("{command}: the guest agent's answer is no JSON")).with_source(cause)
+        })?;
+        if let Some(error) = answer.get("error") {
+            let text = error.get("desc").and_then(Value::as_str).unwrap_or("no description");
+            return Err(refusal(Error::internal(format!("{command}: {text}"))));
+        }
+        serde_json::from_value(answer["return"].take()).map_err(|cause| {
+            Error::internal(format!("{command}: the guest agent's answer is not as documented")).with_source(cause)
+        })
+    }
+
+    fn turn(&self, vm: VmId) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if turns.len() >= IDLE_LOCKS {
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+        }
+        Arc::clone(turns.entry(vm).or_default())
+    }
+}
+
+fn decode(text: &str) -> Result<Bytes> {
+    BASE64
+        .decode(text)
+        .map(Bytes::from)
+        .map_err(|cause| Error::internal("the guest agent's data is no base64").with_source(cause))
+}
+
+/// Tells a command that the agent's configuration forbids from one that failed.
+fn refusal(error: Error) -> Error {
+    let text = error.message();
+    let disabled = is_refusal(&error)
+        && text.contains("ommand ")
+        && (text.contains("has been disabled") || text.contains("has not been found"));
+    if !disabled {
+        return error;
+    }
+    let message = format!("the guest agent's configuration forbids this: {text}");
+    Error::unsupported(message).with_reason(reason::AGENT_COMMAND_DISABLED)
+}
+
+/// Whether the agent was reached and did not do it, as against not being reached.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    error.reason().is_none() && matches!(error.kind(), ErrorKind::Internal | ErrorKind::Invalid)
+}
+
+/// Whether the agent, or the way to it, may be back later.
+pub(super) fn is_outage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut)
+}
+
+/// Whether a command surely was not executed.
+pub(super) fn is_untouched(error: &Error) -> bool {
+    error.retry() == Retry::Safe
+}
