@@ -197,12 +197,11 @@ pub(crate) struct Found {
 impl Seen {
     fn read(domain: &Domain, with_leases: bool) -> Raw<Self> {
         let (state, _) = domain.state()?;
-        let state = match state {
-            state if state == DomainState::Running || state == DomainState::Blocked => VmState::Running,
-            // On its way down, but there until it is off.
-            state if state == DomainState::Shutdown => VmState::Running,
-            state if state == DomainState::Paused || state == DomainState::PMSuspended => VmState::Paused,
-            state if state == DomainState::Crashed => VmState::Failed("the domain crashed".to_owned()),
+        let state = match state.known() {
+            // Going down too: it is there until it is off.
+            Some(DomainState::Running | DomainState::Blocked | DomainState::Shutdown) => VmState::Running,
+            Some(DomainState::Paused | DomainState::PMSuspended) => VmState::Paused,
+            Some(DomainState::Crashed) => VmState::Failed("the domain crashed".to_owned()),
             _ => VmState::Stopped,
         };
         let xml = domain.xml_desc(sys::VIR_DOMAIN_XML_INACTIVE)?;

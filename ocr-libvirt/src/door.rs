@@ -252,7 +252,7 @@ impl How {
             (Some(user), Some(password)) => {
                 // The callback is a bare function, so what it answers with lies in a place of its own for as long.
                 let _turn = CREDENTIALS.fill(user, password);
-                let kinds = vec![ConnectCredentialType::Authname, ConnectCredentialType::Passphrase];
+                let kinds = vec![ConnectCredentialType::AuthName, ConnectCredentialType::Passphrase];
                 Connect::open_auth(Some(&self.uri), &mut ConnectAuth::new(kinds, answer), 0)
             }
             _ => Connect::open(Some(&self.uri)),
@@ -294,8 +294,8 @@ fn answer(asked: &mut Vec<ConnectCredential>) {
     let Some((user, password)) = held.as_ref() else { return };
     for credential in asked {
         credential.result = match credential.typed {
-            kind if kind == ConnectCredentialType::Authname => Some(user.clone()),
-            kind if kind == ConnectCredentialType::Passphrase => Some(password.expose_secret().to_owned()),
+            ConnectCredentialType::AuthName => Some(user.clone()),
+            ConnectCredentialType::Passphrase => Some(password.expose_secret().to_owned()),
             _ => None,
         };
     }

@@ -8,7 +8,11 @@ use std::{
 };
 
 use async_trait::async_trait;
-use ocr_core::{ComputeCapabilities, Error, Owner, Result, VmId};
+use bytes::Bytes;
+use ocr_core::{
+    ComputeCapabilities, Deletion, Error, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, Owner,
+    PutFile, Result, VmId,
+};
 use virt::{connect::Connect, storage_pool::StoragePool};
 
 use crate::{
@@ -174,5 +178,33 @@ impl AgentLink for DoorLink {
             return Err(Error::invalid("command", "must not contain a NUL byte"));
         }
         self.door.agent(vm, command.to_owned(), limit).await
+    }
+}
+
+/// The guest's side is the agent's; it knows no libvirt.
+#[async_trait]
+impl GuestExec for Libvirt {
+    fn capabilities(&self) -> GuestCapabilities {
+        self.inner.guest.capabilities()
+    }
+
+    async fn guest_info(&self, vm: VmId) -> Result<GuestInfo> {
+        self.inner.guest.guest_info(vm).await
+    }
+
+    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
+        self.inner.guest.put_file(vm, file).await
+    }
+
+    async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
+        self.inner.guest.get_file(vm, path, limit_bytes).await
+    }
+
+    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
+        self.inner.guest.remove_file(vm, path).await
+    }
+
+    async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
+        self.inner.guest.exec(vm, request).await
     }
 }

@@ -51,7 +51,7 @@ impl Element {
 
     /// The first child of this name, without regard to prefixes.
     pub(crate) fn get(&self, name: &str) -> Option<&Element> {
-        self.all(name).next()
+        self.children.iter().find(|child| child.local_name() == name)
     }
 
     /// All children of this name, without regard to prefixes.
@@ -121,22 +121,21 @@ impl Element {
                 Event::End(_) => open.pop(),
                 Event::Text(text) => {
                     if let Some(element) = open.last_mut() {
-                        element.text +=
-                            &text.decode().map_err(|error| broken("bad text").with_source(error))?;
+                        element.text += &text;
                     }
                     None
                 }
                 Event::GeneralRef(reference) => {
-                    let name = reference.decode().map_err(|error| broken("bad reference").with_source(error))?;
                     if let Some(element) = open.last_mut() {
-                        element.text += &quick_xml::escape::unescape(&format!("&{name};"))
+                        let reference = format!("&{};", &*reference);
+                        element.text += &quick_xml::escape::unescape(&reference)
                             .map_err(|error| broken("unknown reference").with_source(error))?;
                     }
                     None
                 }
                 Event::CData(data) => {
                     if let Some(element) = open.last_mut() {
-                        element.text += &data.decode().map_err(|error| broken("bad text").with_source(error))?;
+                        element.text += &data;
                     }
                     None
                 }
@@ -159,12 +158,11 @@ impl Element {
 
 fn begin(start: &BytesStart<'_>) -> Result<Element> {
     let broken = |error: quick_xml::Error| Error::internal("libvirt gave XML that cannot be read").with_source(error);
-    let mut element = Element::new(&String::from_utf8_lossy(start.name().as_ref()));
+    let mut element = Element::new(start.name().as_ref());
     for attribute in start.attributes() {
         let attribute = attribute.map_err(|error| broken(error.into()))?;
-        let raw = String::from_utf8_lossy(&attribute.value).into_owned();
-        let value = quick_xml::escape::unescape(&raw).map_err(|error| broken(error.into()))?;
-        element.attributes.push((String::from_utf8_lossy(attribute.key.as_ref()).into_owned(), value.into_owned()));
+        let value = quick_xml::escape::unescape(&attribute.value).map_err(|error| broken(error.into()))?;
+        element.attributes.push((attribute.key.as_ref().to_owned(), value.into_owned()));
     }
     Ok(element)
 }
