@@ -529,7 +529,7 @@ fn write_until_killed(path: &Path) -> ! {
                     count += 1;
                     let value = Bytes::from(count.to_string());
                     let version = store.put(&key(&name), value, Precondition::Any, None).await.unwrap();
-                    let mut out = std::io::stdout().lock();
+                    let mut out = io::stdout().lock();
                     writeln!(out, "answered {name} {count} {}", version.0).unwrap();
                     out.flush().unwrap();
                 }
@@ -544,7 +544,7 @@ fn write_until_killed(path: &Path) -> ! {
 fn another_process_is_told_who_is_in_the_way() {
     if let Some(path) = std::env::var_os(CHILD) {
         let error = EmbeddedStore::open(Path::new(&path)).unwrap_err();
-        writeln!(std::io::stdout().lock(), "refused {:?} {error}", error.kind()).unwrap();
+        writeln!(io::stdout().lock(), "refused {:?} {error}", error.kind()).unwrap();
         return;
     }
     let (_folder, store) = fresh();
