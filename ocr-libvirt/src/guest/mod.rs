@@ -19,11 +19,10 @@ mod runner;
 use std::{fmt, time::Duration};
 
 use async_trait::async_trait;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use ocr_core::{
     Deletion, Error, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, OutputChunk, PutFile,
     Result, Retry, VmId,
-    error::{reason, seconds},
     guest::check_guest_path,
 };
 use tokio::{sync::mpsc, time::Instant};
