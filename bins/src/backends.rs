@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ocr_core::{
-    ComputeBackend, Error, GuestExec, ImageBackend, NetworkBackend, Owner, Result,
+    ComputeBackend, GuestExec, ImageBackend, NetworkBackend, Owner, Result,
     layer::{LayerExt, TraceLayer},
     memory::MemoryCloud,
 };
@@ -81,7 +81,7 @@ impl Backends {
     /// Always.
     #[cfg(not(feature = "libvirt"))]
     pub async fn libvirt(_settings: &LibvirtSettings) -> Result<Self> {
-        Err(Error::unsupported("this program was built without libvirt; build it with `--features libvirt`"))
+        Err(ocr_core::Error::unsupported("this program was built without libvirt; build it with `--features libvirt`"))
     }
 
     fn of<B: ComputeBackend + NetworkBackend + ImageBackend + GuestExec>(backend: Arc<B>, disks: Disks) -> Self {

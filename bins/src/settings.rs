@@ -63,6 +63,14 @@ impl Server {
         }
     }
 
+    /// The program's name.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Machiner => "ocr-machiner",
+            Self::Executor => "ocr-executor",
+        }
+    }
+
     fn port_variable(self) -> &'static str {
         match self {
             Self::Machiner => "MACHINER_PORT",

@@ -488,7 +488,7 @@ impl Inner {
                 crate::error::seconds(FETCH_DEADLINE)
             ))
         })??;
-        plan::plan(kind, &fetched, user)
+        plan::plan(kind, &fetched, user).await
     }
 
     async fn remove(self: Arc<Self>, kind: InstallKind, id: InstallId, caller: CancellationToken) -> Result<Deletion> {

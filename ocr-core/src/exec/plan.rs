@@ -10,7 +10,10 @@ use super::{
     remove::hex,
     request::check_interval,
 };
-use crate::{Error, PutFile, Result, package::Package};
+use crate::{
+    Error, PutFile, Result,
+    package::{Content, Package, PackageKind},
+};
 
 /// What an install does in the guest.
 #[derive(Default)]
@@ -39,27 +42,34 @@ impl Description {
 }
 
 /// Reads a package of the kind that was asked for.
-pub(super) fn plan(kind: InstallKind, package: &Package, user: &str) -> Result<(Plan, Description)> {
-    if package.kind != kind.to_string() {
+pub(super) async fn plan(kind: InstallKind, package: &Package, user: &str) -> Result<(Plan, Description)> {
+    let manifest = package.manifest();
+    let wanted = match kind {
+        InstallKind::Feature => PackageKind::Feature,
+        InstallKind::Inject => PackageKind::Inject,
+        InstallKind::Condition => PackageKind::Condition,
+    };
+    if package.kind() != wanted {
         return Err(Error::invalid(
             "source",
             format_args!(
                 "wants a package of type {kind}; {} {} is of type {}",
-                package.name, package.version, package.kind
+                manifest.name,
+                manifest.version,
+                package.kind().as_str()
             ),
         ));
     }
-    let files: Vec<PutFile> = package
-        .files
-        .iter()
-        .map(|(path, mode, content)| PutFile {
-            path: path.clone(),
-            content: content.clone(),
-            mode: *mode,
+    let mut files = Vec::new();
+    for asset in package.assets() {
+        files.push(PutFile {
+            path: asset.destination.clone(),
+            content: package.asset_bytes(asset).await?,
+            mode: asset.mode,
             owner: Some(user.to_owned()).filter(|user| !user.is_empty()),
             make_parents: true,
-        })
-        .collect();
+        });
+    }
     let assets = files
         .iter()
         .map(|file| StoredAsset {
@@ -68,24 +78,25 @@ pub(super) fn plan(kind: InstallKind, package: &Package, user: &str) -> Result<(
             sha256: hex(&Sha256::digest(&file.content)),
         })
         .collect();
-    let (action, probe) = match (kind, &package.action, package.interval) {
-        (InstallKind::Condition, Some(line), Some(interval)) => {
-            check_interval(interval)?;
-            (None, Some(StoredProbe::new(line.clone(), interval)))
+    let (action, restarts, delete_action, probe) = match package.content() {
+        Content::Feature(feature) => (feature.action.clone(), feature.restarts, feature.delete.clone(), None),
+        Content::Inject(inject) => (inject.action.clone(), inject.restarts, None, None),
+        Content::Condition(condition) => {
+            check_interval(condition.interval())?;
+            (None, false, None, Some(StoredProbe::new(condition.action.clone(), condition.interval())))
         }
-        (InstallKind::Condition, ..) => return Err(Error::internal("a condition package without action")),
-        (_, action, _) => (action.clone(), None),
+        _ => return Err(Error::internal("a package of another type was let through")),
     };
     Ok((
-        Plan { files, action, environment: BTreeMap::new(), restarts: package.restarts },
+        Plan { files, action, environment: BTreeMap::new(), restarts },
         Description {
             package: StoredPackage {
-                name: package.name.clone(),
-                version: package.version.clone(),
-                sha256: package.sha256.clone(),
+                name: manifest.name.clone(),
+                version: manifest.version.to_string(),
+                sha256: package.digest().to_owned(),
             },
             assets,
-            delete_action: package.delete.clone(),
+            delete_action,
             probe,
         },
     ))
