@@ -143,3 +143,13 @@ async fn an_install_under_way_cannot_be_removed() {
     installing.await.unwrap().unwrap();
     assert!(rig.file("/srv/web/a").is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_delete_action_whose_answer_was_lost_is_not_run_again() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web().delete("echo x >> /root/deletes"));
+    let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
+    rig.faults().inject("guest.exec", 1, Fault::After(Error::unavailable("away").with_retry(Retry::Ambiguous)));
+    rig.executor.remove(InstallKind::Feature, id).await.unwrap();
+    assert_eq!(rig.file("/root/deletes").as_deref(), Some("x\n"));
+}
