@@ -1,7 +1,7 @@
 use super::{odd::Odd, *};
 use crate::{ErrorKind, PowerAction, error::reason};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web")
         .asset("/srv/web/index.html", 0o644, "hello")
         .asset("/srv/web/run.sh", 0o755, "#!/bin/sh\necho $GREETING from $(whoami)\necho trouble >&2\n")
@@ -495,4 +495,23 @@ async fn an_install_that_waits_for_its_guest_does_not_keep_the_machine() {
     });
     tokio::time::sleep(seconds(10)).await;
     assert!(!rig.executor.inner.holds.is_held(rig.vm));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_package_that_changes_while_its_guest_boots_is_not_installed() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let installing = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    tokio::time::sleep(seconds(10)).await;
+    // The second file, when the record's digests are known.
+    std::fs::write(rig.shelf.path("web").join("asset1"), "#!/bin/sh\necho evil\n").unwrap();
+    rig.cloud.set_agent(rig.vm, AgentMode::Answers);
+    let error = installing.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("asset1 changed"), "{error}");
+    assert_eq!((rig.stored().await, rig.file("/srv/web/index.html")), (vec![], None));
 }

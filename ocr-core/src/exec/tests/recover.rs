@@ -5,7 +5,7 @@ use super::{
 };
 use crate::{Precondition, StateStore};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web").asset("/srv/web/a", 0o644, "ours").asset("/etc/hosts", 0o644, "ours too").action("sleep 50")
 }
 

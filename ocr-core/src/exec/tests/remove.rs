@@ -1,7 +1,7 @@
 use super::{record::Records, *};
 use crate::{ErrorKind, error::reason};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web").asset("/srv/web/a", 0o644, "a").asset("/srv/shared", 0o644, "s").action("echo up > /srv/web/state")
 }
 
