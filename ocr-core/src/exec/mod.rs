@@ -310,10 +310,9 @@ impl Executor {
         let vm = request.vm;
         self.own(move |inner, caller| async move {
             let InstallRequest { kind, name, vm, package, account, environment } = request;
-            let (plan, package) = inner.fetch(kind, &package, &account.username, &caller).await?;
             let mut record = Record::new(kind, name, vm);
-            package.describe(&mut record);
             record.user = user(account);
+            let plan = inner.plan(&mut record, &package, &caller).await?;
             inner.install(record, Plan { environment, ..plan }, caller).await
         })
         .await
@@ -330,20 +329,15 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
+            record.user = user(account);
             record.environment = environment;
             let plan = match probe {
-                Probe::Package(package) => {
-                    let (plan, package) =
-                        inner.fetch(InstallKind::Condition, &package, &account.username, &caller).await?;
-                    package.describe(&mut record);
-                    plan
-                }
+                Probe::Package(package) => inner.plan(&mut record, &package, &caller).await?,
                 Probe::Command { line, interval } => {
                     record.probe = Some(StoredProbe::new(line, interval));
                     Plan::default()
                 }
             };
-            record.user = user(account);
             if record.touches_guest() {
                 return inner.install(record, plan, caller).await;
             }
@@ -469,26 +463,20 @@ impl Inner {
         if self.closing.is_cancelled() { Err(shutting_down()) } else { Ok(()) }
     }
 
-    /// Fetches a package and checks that it is of the kind that was asked for.
-    async fn fetch(
-        &self,
-        kind: InstallKind,
-        package: &PackageRef,
-        user: &str,
-        caller: &CancellationToken,
-    ) -> Result<(Plan, plan::Description)> {
-        let fetched = tokio::select! {
-            fetched = tokio::time::timeout(FETCH_DEADLINE, self.packages.fetch(&package.name, &package.version)) => fetched,
+    /// Fetches a package, and reads what is to be done and recorded.
+    async fn plan(&self, record: &mut Record, package: &PackageRef, caller: &CancellationToken) -> Result<Plan> {
+        let planned = async { plan::plan(record, self.packages.fetch(&package.name, &package.version).await?).await };
+        let planned = tokio::select! {
+            planned = tokio::time::timeout(FETCH_DEADLINE, planned) => planned,
             () = caller.cancelled() => return Err(Error::unavailable("the request was given up before it began")),
         };
-        let fetched = fetched.map_err(|_| {
+        planned.map_err(|_| {
             Error::timed_out(format!(
                 "package {} was not fetched in {}",
                 crate::id::shown(&package.name),
                 crate::error::seconds(FETCH_DEADLINE)
             ))
-        })??;
-        plan::plan(kind, &fetched, user).await
+        })?
     }
 
     async fn remove(self: Arc<Self>, kind: InstallKind, id: InstallId, caller: CancellationToken) -> Result<Deletion> {

@@ -120,6 +120,7 @@ async fn the_last_stream_that_is_dropped_frees_the_place_at_once_also_in_the_que
     assert_eq!((rig.queued(), rig.executor.conditions().len()), (2, 1));
     drop(other);
     assert_eq!((rig.queued(), rig.executor.conditions().len()), (1, 0));
+    assert_eq!(rig.executor.inner.runners.lock().unwrap().len(), 0, "nothing piles up");
     long.await.unwrap().unwrap();
     tokio::time::sleep(seconds(30)).await;
     assert_eq!(rig.cloud.commands(rig.vm), commands);
@@ -230,6 +231,7 @@ async fn a_stream_ends_with_not_found_when_its_condition_is_removed() {
     let mut stream = rig.executor.watch(id).await.unwrap();
     assert_eq!(value(&mut stream).await, 1.0);
     assert_eq!(rig.executor.remove(InstallKind::Condition, id).await.unwrap(), Deletion::Deleted);
+    assert_eq!(rig.queued(), 0, "also while nobody reads the stream");
     assert_eq!(next(&mut stream).await.unwrap().unwrap_err().kind(), ErrorKind::NotFound);
     assert!(next(&mut stream).await.is_none());
     assert_eq!(rig.executor.watch(id).await.err().unwrap().kind(), ErrorKind::NotFound);

@@ -35,14 +35,14 @@ impl FairQueue {
             for class in Class::BOTH {
                 let lane = &vm.lanes[class as usize];
                 ready += lane.len();
-                let alive = lane.heap.iter().filter(|Reverse((_, id))| self.is_alive(*id)).count();
+                let alive = lane.heap.iter().filter(|entry| self.is_alive(entry.item)).count();
                 assert_eq!(alive, lane.len(), "dead entries of a lane are counted");
-                if let Some(Reverse((_, id))) = lane.heap.peek() {
-                    assert!(self.is_alive(*id), "the top of a lane is alive");
+                if let Some(head) = lane.heap.peek() {
+                    assert!(self.is_alive(head.item), "the top of a lane is alive");
                 }
                 let held_back =
                     class == Class::First && vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
-                let offered = if vm.busy || held_back { None } else { lane.heap.peek().map(|head| head.0.0.seq) };
+                let offered = if vm.busy || held_back { None } else { lane.heap.peek().map(|head| head.key.seq) };
                 assert_eq!(lane.listed.map(|listing| listing.key.seq), offered, "an idle machine's head is listed");
                 assert!(lane.heap.len() <= 2 * lane.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
             }
@@ -51,10 +51,10 @@ impl FairQueue {
         for class in Class::BOTH {
             for (ward, heads) in self.heads[class as usize].iter().enumerate() {
                 let alive = |listing: &Listing| {
-                    let vm = &self.vms[listing.vm as usize];
-                    vm.lanes[class as usize].listed == Some(*listing) && usize::from(vm.on_probation) == ward
+                    let vm = &self.vms[listing.item.vm as usize];
+                    vm.lanes[class as usize].lists(listing) && usize::from(vm.on_probation) == ward
                 };
-                assert_eq!(heads.heap.iter().filter(|head| alive(&head.0)).count(), heads.alive);
+                assert_eq!(heads.heap.iter().filter(|head| alive(head)).count(), heads.alive);
                 assert!(heads.heap.len() <= 2 * heads.alive + 2 * DEAD_ALLOWED, "the heads are bounded");
             }
         }
