@@ -294,6 +294,20 @@ async fn many_periodic_operations_all_get_their_interval() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_due_together_begins_together() {
+    let scheduler = scheduler(10);
+    let run = |tick: Tick| if tick.run == 0 { async { Ok(()) }.boxed() } else { pending().boxed() };
+    let _streams: Vec<Periodic> =
+        (0..12).map(|number| scheduler.every(vm(number), "condition", 10 * SECOND, LONG, run).unwrap()).collect();
+    settle().await;
+    assert_eq!(scheduler.snapshot().counters.waiting, 12);
+    // The clock jumps past all ticks at once: one alarm, ten runs.
+    advance(20 * SECOND).await;
+    settle().await;
+    assert_eq!(scheduler.snapshot().running.len(), 10);
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropping_the_handle_ends_a_periodic_operation() {
     let scheduler = scheduler(1);
     let runs = Arc::new(AtomicUsize::new(0));
