@@ -486,6 +486,29 @@ async fn who_waits_is_not_polled() {
 }
 
 #[tokio::test]
+async fn operations_that_never_wait_let_other_tasks_run() {
+    let scheduler = scheduler(1);
+    let count = Arc::new(AtomicUsize::new(0));
+    let mut queued: Vec<_> = (0..1000)
+        .map(|_| {
+            let count = Arc::clone(&count);
+            Box::pin(scheduler.run_once(vm(1), "never waits", LONG, async move {
+                count.fetch_add(1, SeqCst);
+                Ok(())
+            }))
+        })
+        .collect();
+    for one in &mut queued {
+        assert!(futures::poll!(one).is_pending());
+    }
+    yield_now().await;
+    assert!((1..1000).contains(&count.load(SeqCst)), "{count:?} ran in one go");
+    for result in join_all(queued).await {
+        result.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn an_operation_may_use_its_own_scheduler() {
     let scheduler = scheduler(2);
     let inner = scheduler.clone();
