@@ -173,6 +173,7 @@ pub(super) async fn guest_put_replace(c: &Context<'_>) -> Check {
     let path = c.path("f");
     let (old, new) = (Bytes::from(noise(150_000)), Bytes::from(vec![b'n'; 200_000]));
     guest.put(&path, old.clone()).await?;
+    ensure!(guest.get(&path).await? == old, "the file is not what was written");
     let written = std::sync::atomic::AtomicBool::new(false);
     let write = async {
         let result = guest.put(&path, new.clone()).await;
@@ -342,8 +343,10 @@ pub(super) async fn guest_exec_output_limit(c: &Context<'_>) -> Check {
 
 pub(super) async fn guest_exec_large_output(c: &Context<'_>) -> Check {
     let guest = guest(c).await?;
-    let (out, err) = (numbers(700_000), numbers(300_000));
-    let output = guest.run(&guest.request("seq 1 700000; seq 1 300000 >&2")).await?;
+    // Ten bytes a line: more than the 3 MiB that an agent's one message can hold.
+    let out: String = (100_000_000..=100_360_000).map(|number| format!("{number}\n")).collect();
+    let err = numbers(30_000);
+    let output = guest.run(&guest.request("seq 100000000 100360000; seq 1 30000 >&2")).await?;
     ensure!(output.success(), "exit code {}", output.exit_code);
     ensure!(output.stdout == out, "{} bytes of stdout instead of {}, or others", output.stdout.len(), out.len());
     ensure!(output.stderr == err, "{} bytes of stderr instead of {}, or others", output.stderr.len(), err.len());

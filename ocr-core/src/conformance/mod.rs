@@ -132,6 +132,22 @@ impl Default for Subject {
     }
 }
 
+/// The same without any capability, for what a backend must refuse then.
+fn with_less(options: crate::memory::MemoryOptions) -> crate::memory::MemoryOptions {
+    crate::memory::MemoryOptions {
+        power: false,
+        nics: false,
+        make_networks: false,
+        access: false,
+        import: false,
+        capture: false,
+        export: false,
+        users: false,
+        streaming: false,
+        ..options
+    }
+}
+
 /// The trait that a case is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]

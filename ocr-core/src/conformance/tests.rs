@@ -70,24 +70,9 @@ async fn report(options: MemoryOptions) -> Report {
     run(&Subject::memory(&cloud, &MemoryState::new()), |_| true).await
 }
 
-fn with_less() -> MemoryOptions {
-    MemoryOptions {
-        power: false,
-        nics: false,
-        make_networks: false,
-        access: false,
-        import: false,
-        capture: false,
-        export: false,
-        users: false,
-        streaming: false,
-        ..MemoryOptions::default()
-    }
-}
-
 #[tokio::test(start_paused = true)]
 async fn memory_passes_every_case_with_all_capabilities_or_with_none() {
-    let (all, less) = (report(MemoryOptions::default()).await, report(with_less()).await);
+    let (all, less) = (report(MemoryOptions::default()).await, report(with_less(MemoryOptions::default())).await);
     assert_eq!((all.failed(), less.failed()), (0, 0), "{all}\n{less}");
     for (all, less) in all.cases.iter().zip(&less.cases) {
         let passed = all.outcome == Outcome::Passed || less.outcome == Outcome::Passed;
@@ -170,4 +155,59 @@ async fn a_report_is_a_table_and_json() {
     assert_eq!(json["cases"][0]["trait"], "compute");
     assert_eq!(json["cases"][0]["outcome"], "failed");
     assert!(json["cases"][0]["why"].as_str().unwrap().contains("broken"));
+}
+
+/// Runs the mutants of one trait; each must fail exactly the cases it names.
+async fn mutants_of(subject: Trait) {
+    let mut wrong = Vec::new();
+    for mutant in mutants::all().filter(|mutant| mutant.subject == subject) {
+        // Machines are under everything; what a mutant of another trait breaks stays there.
+        let under = |case: &Case| subject == Trait::Compute && case.needs.contains(&Need::Machine);
+        let report = run(&mutant.subject(), |case| case.subject == subject || under(case)).await;
+        let (found, wanted): (BTreeSet<_>, BTreeSet<_>) =
+            (report.failures().into_iter().collect(), mutant.must_fail.iter().copied().collect());
+        if found != wanted || wanted.is_empty() {
+            let failed = |case: &&CaseReport| matches!(case.outcome, Outcome::Failed(_));
+            let shown: Vec<_> = report.cases.iter().filter(failed).map(|case| format!("\n    {case}")).collect();
+            wrong.push(format!("{:?} must fail {wanted:?}, it fails {found:?}{}", mutant.name, shown.concat()));
+        }
+    }
+    assert!(wrong.is_empty(), "{} mutants:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_compute_fail_the_right_cases() {
+    mutants_of(Trait::Compute).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_network_fail_the_right_cases() {
+    mutants_of(Trait::Network).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_image_fail_the_right_cases() {
+    mutants_of(Trait::Image).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_guest_fail_the_right_cases() {
+    mutants_of(Trait::Guest).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_state_fail_the_right_cases() {
+    mutants_of(Trait::State).await;
+}
+
+#[test]
+fn every_case_has_a_mutant_that_fails_it() {
+    let caught: BTreeSet<_> = mutants::all().flat_map(|mutant| mutant.must_fail).copied().collect();
+    for case in cases() {
+        assert!(caught.contains(case.name), "no mutant fails {}", case.name);
+    }
+    assert!(caught.contains(SWEEP));
+    let names: BTreeSet<_> = mutants::all().map(|mutant| mutant.name).collect();
+    assert_eq!(names.len(), mutants::all().count(), "two mutants have one name");
+    assert!(names.len() >= 60, "{} mutants", names.len());
 }
