@@ -1,1 +1,5 @@
-//! placeholder
+//! Deploys virtual machines on libvirt, and acts in them through the QEMU guest agent.
+
+pub mod config;
+pub mod error;
+pub mod xml;
