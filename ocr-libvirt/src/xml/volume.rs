@@ -18,7 +18,10 @@ pub enum Role {
         vm: VmId,
     },
     /// The data of an image that we took in; visible only through its record.
-    ImageData,
+    ImageData {
+        /// The name of the record.
+        record: String,
+    },
     /// What we keep about an image, as JSON; the image exists once this is complete.
     ImageRecord,
     /// Anything else.
@@ -29,7 +32,12 @@ impl Role {
     /// Reads a volume's name.
     pub fn of(name: &str) -> Self {
         if name.starts_with(IMAGE_PREFIX) {
-            return if name.ends_with(RECORD_SUFFIX) { Self::ImageRecord } else { Self::ImageData };
+            if name.ends_with(RECORD_SUFFIX) {
+                return Self::ImageRecord;
+            }
+            if let Some((record, _)) = name.rsplit_once('-') {
+                return Self::ImageData { record: format!("{record}{RECORD_SUFFIX}") };
+            }
         }
         let parts = || {
             let (owner, vm) = name.strip_prefix(DISK_PREFIX)?.strip_suffix(".qcow2")?.split_once('-')?;
@@ -61,9 +69,16 @@ pub fn image_record_name(owner: &Owner, name: &str) -> String {
     format!("{IMAGE_PREFIX}{}-{digest}{RECORD_SUFFIX}", owner_mark(owner))
 }
 
-/// A fresh name for the data of an owner's image.
-pub fn image_data_name(owner: &Owner, format: DiskFormat) -> String {
-    format!("{IMAGE_PREFIX}{}-{}.{}", owner_mark(owner), Uuid::new_v4(), format_name(format))
+/// Whether a record is of one of this owner's images.
+pub fn is_image_of(record: &str, owner: &Owner) -> bool {
+    record.strip_prefix(IMAGE_PREFIX).is_some_and(|rest| rest.starts_with(&format!("{}-", owner_mark(owner))))
+}
+
+/// A fresh name for the data that a record stands for.
+pub fn image_data_name(record: &str, format: DiskFormat) -> String {
+    let stem = record.strip_suffix(RECORD_SUFFIX).unwrap_or(record);
+    let fresh = Uuid::new_v4().simple().to_string();
+    format!("{stem}-{}.{}", &fresh[..12], format_name(format))
 }
 
 /// The name that libvirt knows a format by.
@@ -272,8 +287,9 @@ mod tests {
         let owner = Owner::new("o").unwrap();
         let vm = VmId::random();
         assert_eq!(Role::of(&disk_name(&owner, vm)), Role::Disk { owner: owner_mark(&owner), vm });
-        assert_eq!(Role::of(&image_record_name(&owner, "debian")), Role::ImageRecord);
-        assert_eq!(Role::of(&image_data_name(&owner, DiskFormat::Raw)), Role::ImageData);
+        let record = image_record_name(&owner, "debian");
+        assert_eq!(Role::of(&record), Role::ImageRecord);
+        assert_eq!(Role::of(&image_data_name(&record, DiskFormat::Raw)), Role::ImageData { record });
         for foreign in ["debian.qcow2", "ocr-vm-x.qcow2", "ocr-vm-zzzzzzzz-1.qcow2", "ocr-vm-.qcow2", ""] {
             assert_eq!(Role::of(foreign), Role::Foreign, "{foreign}");
         }
