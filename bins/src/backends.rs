@@ -66,11 +66,14 @@ impl Backends {
     /// When libvirt cannot be reached, or its pool is not there.
     #[cfg(feature = "libvirt")]
     pub async fn libvirt(settings: &LibvirtSettings) -> Result<Self> {
-        let mut config = ocr_libvirt::Config::new(&settings.uri);
-        config.pool = settings.pool.clone();
-        config.domain_type = settings.domain_type.parse()?;
-        config.user = settings.user.clone();
-        config.password = settings.password.clone();
+        let config = ocr_libvirt::Config {
+            uri: settings.uri.clone(),
+            pool: settings.pool.clone(),
+            domain_type: settings.domain_type.parse()?,
+            user: settings.user.clone(),
+            password: settings.password.clone(),
+            ..ocr_libvirt::Config::default()
+        };
         let libvirt = ocr_libvirt::Libvirt::open(config).await?;
         Ok(Self::of(Arc::new(libvirt.clone()), Disks::Libvirt(libvirt)))
     }
@@ -94,15 +97,16 @@ impl Backends {
         }
     }
 
-    /// The disks that this owner's machines have left, by name; for proofs that there are none.
+    /// Deletes disks of this owner's that no machine has, and gives their names. There are none unless somebody took
+    /// a machine away by hand.
     ///
     /// # Errors
     /// Those of the backend.
-    pub async fn disks_of(&self, owner: &Owner) -> Result<Vec<String>> {
+    pub async fn sweep_disks(&self, owner: &Owner) -> Result<Vec<String>> {
         match &self.disks {
             Disks::None => Ok(Vec::new()),
             #[cfg(feature = "libvirt")]
-            Disks::Libvirt(libvirt) => libvirt.disks_of(owner).await,
+            Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
         }
     }
 }

@@ -255,7 +255,7 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
     steps.note(&format!("ran an inject; its action says {:?}", inject.stdout), begun);
 
     let begun = Instant::now();
-    guest.shell(vm_id, "touch /opt/demo/state/flag").await?;
+    guest.shell(vm_id, "touch /opt/demo/state/flag && sync").await?;
     next_value(&mut values, 1.0).await?;
     steps.note("changed the guest: the condition's value is 1", begun);
 
@@ -365,7 +365,7 @@ async fn prove_nothing_is_left(backends: &Backends, owner: &Owner, steps: &mut S
     let begun = Instant::now();
     let machines = backends.compute.list_vms(&VmFilter::owned_by(owner)).await?;
     let images = backends.image.find_images(&ImageFilter { owner: Some(owner.clone()), name: None }).await?;
-    let files = backends.disks_of(owner).await?;
+    let files = backends.sweep_disks(owner).await?;
     if machines.is_empty() && images.is_empty() && files.is_empty() {
         steps.note("nothing is left: no machine, no image, no disk", begun);
         return Ok(());

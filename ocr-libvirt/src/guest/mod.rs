@@ -1,456 +1,93 @@
-//! [`GuestExec`] over the QEMU guest agent, whoever carries its commands.
-//!
-//! The agent alone is a poor executor: it tells the end of a program once, to whoever asks first, and forgets all of
-//! them when it restarts; a reply that is too big is lost, and a time-out says nothing about what happened. So every
-//! operation is one run of a small shell script in the guest, `runner.sh`, which keeps what it did in a folder named
-//! by the operation. Asking again is then always safe: a run that goes on is waited for, one that ended is told again.
-//!
-//! ```text
-//!  exec ──> guest-exec runner ──> mkdir ops/OPERATION ──first──> run ──> result ──┐
-//!              ^                        └───────────others──> wait for result ───┤
-//!              └── agent restarted, pid lost, answer lost: ask again <────────────┴──> small output with the answer,
-//!                                                                                     big output read from files
-//! ```
+//! Guests: [`GuestExec`] over the QEMU guest agent.
 
+#[cfg(feature = "libvirt")]
 mod agent;
+#[cfg(feature = "libvirt")]
+mod exec;
+#[cfg(feature = "libvirt")]
 mod files;
 mod runner;
+mod script;
+#[cfg(test)]
+mod tests;
 
-use std::{fmt, time::Duration};
+#[cfg(feature = "libvirt")]
+mod backend {
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use ocr_core::{
+        Deletion, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, PutFile, Result,
+        VmId,
+    };
 
-use async_trait::async_trait;
-use bytes::Bytes;
-use ocr_core::{
-    Deletion, Error, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, OutputChunk, PutFile,
-    Result, Retry, VmId,
-    guest::check_guest_path,
-};
-use tokio::{sync::mpsc, time::Instant};
+    use super::agent::{Agent, Info, OsInfo, OsInfoReply};
+    use crate::{Libvirt, backend::vm_resource};
 
-use self::{
-    agent::{Agent, Exited, Handle, is_outage, is_refusal, is_untouched},
-    runner::{INLINE_BYTES, Input, Outcome, Reply, SCRIPT},
-};
+    const CAPABILITIES: GuestCapabilities = GuestCapabilities {
+        max_file_bytes: 256 << 20,
+        max_output_bytes: ExecRequest::OUTPUT_LIMIT_BYTES,
+        users: true,
+        streaming: false,
+    };
 
-/// Carries one command of the QEMU guest agent (JSON text) to a machine, and its answer (JSON text) back.
-///
-/// # Errors
-/// The states of a guest as [`GuestExec`] lists them, with their kinds and reasons. An agent that cannot be reached is
-/// `Unavailable` with reason `AGENT_NOT_READY`: [`Retry::Safe`] only when the command surely was not executed,
-/// otherwise [`Retry::Ambiguous`]. A command that the agent itself refused is `Internal` or `Invalid` without a reason
-/// and with the agent's own text in the message; the `{"error": ...}` of the agent may be handed back as well.
-#[async_trait]
-pub trait AgentLink: fmt::Debug + Send + Sync + 'static {
-    /// Sends `command` and waits for the answer, at most `limit`.
-    async fn command(&self, vm: VmId, command: &str, limit: Duration) -> Result<String>;
-}
-
-/// Settings of [`AgentGuest`].
-#[derive(Clone, Debug)]
-pub struct AgentGuestConfig {
-    /// The folder in the guest that belongs to the runner. It is made when missing, for root alone.
-    pub base: String,
-    /// How much longer than its deadline a command is waited for: its end has to be told too, by an agent that may
-    /// just restart.
-    pub margin: Duration,
-    /// How long a file operation may take, beside a second for each 64 KiB.
-    pub file_limit: Duration,
-}
-
-impl Default for AgentGuestConfig {
-    /// `/var/lib/ocr`, 20 s, 60 s.
-    fn default() -> Self {
-        Self { base: "/var/lib/ocr".to_owned(), margin: Duration::from_secs(20), file_limit: Duration::from_secs(60) }
-    }
-}
-
-/// The largest file that `put_file` takes.
-const MAX_FILE_BYTES: u64 = 256 << 20;
-
-/// The most of each output.
-const MAX_OUTPUT_BYTES: u64 = ExecRequest::OUTPUT_LIMIT_BYTES;
-
-/// How often a runner may end without an answer before that is an error.
-const MAX_SILENT_ENDS: u32 = 3;
-
-/// The longest pause between two questions whether a program ended.
-const MAX_PAUSE: Duration = Duration::from_millis(250);
-
-/// The longest pause between two looks at the output of a running command.
-const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
-
-/// The most that one look takes of each output, in bytes.
-const PROGRESS_BYTES: usize = 256 << 10;
-
-/// Acts inside Linux guests through their QEMU guest agent.
-///
-/// A command that its caller no longer waits for goes on in the guest until its end or its deadline.
-///
-/// What a command leaves running in the background keeps running, and its output is cut off from the result. A command
-/// that opens `/dev/stdout` anew to write from its beginning (`>/dev/stdout`) loses what it wrote there before:
-/// output goes to files.
-#[derive(Debug)]
-pub struct AgentGuest<L> {
-    agent: Agent<L>,
-    config: AgentGuestConfig,
-}
-
-/// Why a run of the runner has no answer.
-enum Lost {
-    /// The program, or the agent with it, is gone or out of reach: ask again.
-    Track(Error),
-    /// There will be none.
-    Final(Error),
-}
-
-impl<L: AgentLink> AgentGuest<L> {
-    /// Guests over this link, with the usual settings.
-    pub fn new(link: L) -> Self {
-        Self { agent: Agent::new(link), config: AgentGuestConfig::default() }
-    }
-
-    /// Guests over this link.
-    ///
-    /// # Errors
-    /// `Invalid` when the folder is no path of a guest.
-    pub fn with_config(link: L, config: AgentGuestConfig) -> Result<Self> {
-        check_guest_path(&config.base).map_err(|error| error.with_note("the runner's folder in guests"))?;
-        check_argument("path", &config.base)?;
-        Ok(Self { agent: Agent::new(link), config })
-    }
-
-    /// Runs the runner until it answers. Every mode may be asked for repeatedly.
-    ///
-    /// `arguments` gets how long ago the first attempt was.
-    async fn runner(
-        &self,
-        vm: VmId,
-        arguments: impl Fn(Duration) -> Vec<String>,
-        input: &[u8],
-        until: Instant,
-        progress: &mut Option<Progress<'_>>,
-    ) -> Result<Reply> {
-        let began = Instant::now();
-        let (mut first, mut silent, mut pause) = (true, 0, Duration::from_millis(50));
-        loop {
-            let since = if first { Duration::ZERO } else { began.elapsed() };
-            let lost = match self.attempt(vm, arguments(since), input, until, progress).await {
-                Ok(exited) => match Reply::of(&exited) {
-                    Some(reply) if reply.state() == "again" => {
-                        Error::unavailable("the request did not reach the guest whole")
-                    }
-                    Some(reply) => return Ok(reply),
-                    None => {
-                        silent += 1;
-                        let error = silent_end(&exited);
-                        if silent == MAX_SILENT_ENDS {
-                            return Err(error);
-                        }
-                        error
-                    }
-                },
-                Err(Lost::Final(error)) => return Err(error),
-                // Nothing was begun: whether to come back is the caller's to say.
-                Err(Lost::Track(error)) if first && is_untouched(&error) => return Err(error),
-                Err(Lost::Track(error)) => error,
-            };
-            if Instant::now() + pause >= until {
-                return Err(lost.with_retry(Retry::Ambiguous).with_note("whether it was done is not known"));
-            }
-            tracing::debug!(%vm, error = %lost, "lost track of a program in the guest, asking again");
-            first = false;
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(Duration::from_secs(1));
+    /// Serves every machine of the hypervisor, also those that other software made.
+    #[async_trait]
+    impl GuestExec for Libvirt {
+        fn capabilities(&self) -> GuestCapabilities {
+            CAPABILITIES
         }
-    }
 
-    /// Starts the runner once and waits for its end.
-    async fn attempt(
-        &self,
-        vm: VmId,
-        arguments: Vec<String>,
-        input: &[u8],
-        until: Instant,
-        progress: &mut Option<Progress<'_>>,
-    ) -> Result<Exited, Lost> {
-        let mut argv = vec!["/bin/sh".to_owned(), "-c".to_owned(), SCRIPT.clone(), "ocr-run".to_owned()];
-        argv.extend(arguments);
-        // In a session of its own from the start: what ends the agent does not end the runner.
-        let pid = match self.agent.start(vm, "setsid", &argv, input).await {
-            Ok(pid) => pid,
-            Err(error) if is_outage(&error) => return Err(Lost::Track(error)),
-            Err(error) => return Err(Lost::Final(error)),
-        };
-        let started = Instant::now();
-        let mut pause = Duration::from_millis(1);
-        loop {
-            match self.agent.status(vm, pid).await {
-                Ok(Some(exited)) => return Ok(exited),
-                Ok(None) => {}
-                Err(error) if is_outage(&error) || is_refusal(&error) => return Err(Lost::Track(error)),
-                Err(error) => return Err(Lost::Final(error)),
-            }
-            if let Some(progress) = progress {
-                progress.look(&self.agent, vm).await;
-            }
-            if Instant::now() >= until {
-                return Err(Lost::Track(Error::timed_out("the guest did not tell the end of the operation in time")));
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(started.elapsed() / 10).clamp(Duration::from_millis(1), MAX_PAUSE);
-        }
-    }
-
-    /// Reads a file of the runner's, of which `count` bytes are known to be there.
-    async fn read_whole(&self, vm: VmId, path: &str, count: u64, until: Instant) -> Result<Bytes> {
-        loop {
-            match files::read(&self.agent, vm, path, count).await {
-                Err(error) if (is_outage(&error) || is_refusal(&error)) && Instant::now() < until => {
-                    // The agent restarted, and its handles are gone.
-                    tracing::debug!(%vm, %error, "lost an open file in the guest, reading again");
-                    tokio::time::sleep(MAX_PAUSE).await;
+        async fn guest_info(&self, vm: VmId) -> Result<GuestInfo> {
+            let agent = self.agent(vm);
+            let named = |error: ocr_core::Error| error.during("guest.guest_info").on(vm_resource(vm));
+            let info = agent.send(&Info {}).await.map_err(|refused| named(refused.error))?;
+            let os = match agent.send(&OsInfo {}).await {
+                Ok(os) => os,
+                // Forbidden, or a system without the file that it reads.
+                Err(refused) if matches!(refused.error.kind(), ErrorKind::Unsupported | ErrorKind::Internal) => {
+                    OsInfoReply::default()
                 }
-                Ok(bytes) if bytes.len() as u64 != count => {
-                    return Err(Error::internal("a file in the guest became shorter while it was read"));
-                }
-                result => return result,
-            }
-        }
-    }
-
-    async fn exec_inner(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
-        request.check()?;
-        if let Some(user) = &request.user {
-            check_user(user, "username")?;
-        }
-        let input = Input::of(request)?;
-        let until = Instant::now() + request.deadline.saturating_add(self.config.margin);
-        let limit = request.output_limit_bytes.min(MAX_OUTPUT_BYTES);
-        let folder = format!("{}/ops/{}", self.config.base, request.operation);
-        let mut progress = request.progress.as_ref().map(|sender| Progress::new(sender, &folder, limit));
-        let deadline_cs = request.deadline.as_millis().div_ceil(10).min(u128::from(u32::MAX));
-
-        let ended = loop {
-            let staged = self.stage(vm, input.staged(), until).await?;
-            let arguments = |since: Duration| {
-                vec![
-                    "exec".to_owned(),
-                    self.config.base.clone(),
-                    request.operation.to_string(),
-                    deadline_cs.to_string(),
-                    limit.to_string(),
-                    INLINE_BYTES.to_string(),
-                    input.head_bytes.to_string(),
-                    input.total_bytes.to_string(),
-                    staged.clone().unwrap_or_default(),
-                    request.user.clone().unwrap_or_default(),
-                    (since.as_millis() / 10).to_string(),
-                ]
-            };
-            let sent: &[u8] = if staged.is_some() { &[] } else { &input.bytes };
-            let reply = self.runner(vm, arguments, sent, until, &mut progress).await;
-            match runner::outcome(&reply?, request)? {
-                Outcome::Ended(ended) => break ended,
-                Outcome::Again => {}
-            }
-        };
-        let (stdout, stderr) = match ended.output {
-            Some(mut output) => {
-                let stderr = output.split_off(ended.stdout_bytes as usize);
-                (output, stderr)
-            }
-            None => {
-                let until = until.max(Instant::now() + self.transfer_limit(ended.stdout_bytes + ended.stderr_bytes));
-                (
-                    self.read_whole(vm, &format!("{folder}/out"), ended.stdout_bytes, until).await?,
-                    self.read_whole(vm, &format!("{folder}/err"), ended.stderr_bytes, until).await?,
-                )
-            }
-        };
-        if let Some(progress) = progress {
-            progress.finish(&self.agent, vm, [&stdout, &stderr]).await;
-        }
-        Ok(ExecOutput {
-            exit_code: ended.exit_code,
-            stdout,
-            stderr,
-            stdout_truncated: ended.stdout_truncated,
-            stderr_truncated: ended.stderr_truncated,
-        })
-    }
-
-    /// How long moving this much may take.
-    fn transfer_limit(&self, bytes: u64) -> Duration {
-        self.config.file_limit + Duration::from_secs(bytes >> 16)
-    }
-}
-
-#[async_trait]
-impl<L: AgentLink> GuestExec for AgentGuest<L> {
-    fn capabilities(&self) -> GuestCapabilities {
-        GuestCapabilities {
-            max_file_bytes: MAX_FILE_BYTES,
-            max_output_bytes: MAX_OUTPUT_BYTES,
-            users: true,
-            streaming: true,
-        }
-    }
-
-    async fn guest_info(&self, vm: VmId) -> Result<GuestInfo> {
-        let result = async {
-            let info = self.agent.info(vm).await?;
-            // Old agents lack it, and some are told not to answer it; the guest is none the worse.
-            let os = match info.can(&["guest-get-osinfo"]) {
-                true => self
-                    .agent
-                    .os_info(vm)
-                    .await
-                    .or_else(|error| if is_refusal(&error) { Ok(Default::default()) } else { Err(error) })?,
-                false => Default::default(),
+                Err(refused) => return Err(named(refused.error)),
             };
             Ok(GuestInfo {
-                can_exec: info.can(&["guest-exec", "guest-exec-status"]),
-                can_files: info.can(&["guest-file-open", "guest-file-read", "guest-file-write", "guest-file-close"]),
+                can_exec: info.allows(&["guest-exec", "guest-exec-status"]),
+                can_files: info.allows(&[
+                    "guest-file-open",
+                    "guest-file-close",
+                    "guest-file-read",
+                    "guest-file-write",
+                    "guest-file-seek",
+                ]),
                 agent_version: info.version,
                 os_family: if os.id == "mswindows" { OsFamily::Windows } else { OsFamily::Linux },
                 os_name: if os.pretty_name.is_empty() { os.name } else { os.pretty_name },
             })
-        };
-        result.await.map_err(context("guest.guest_info", vm))
-    }
+        }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        self.put_inner(vm, file).await.map_err(context("guest.put_file", vm))
-    }
+        async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
+            let put = super::files::put(self.agent(vm), file, CAPABILITIES.max_file_bytes).await;
+            put.map_err(|error| error.during("guest.put_file").on(vm_resource(vm)))
+        }
 
-    async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
-        self.get_inner(vm, path, limit_bytes).await.map_err(context("guest.get_file", vm))
-    }
+        async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
+            let got = super::files::get(self.agent(vm), path, limit_bytes.min(CAPABILITIES.max_file_bytes)).await;
+            got.map_err(|error| error.during("guest.get_file").on(vm_resource(vm)))
+        }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.remove_inner(vm, path).await.map_err(context("guest.remove_file", vm))
-    }
+        async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
+            let removed = super::files::remove(self.agent(vm), path).await;
+            removed.map_err(|error| error.during("guest.remove_file").on(vm_resource(vm)))
+        }
 
-    async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
-        self.exec_inner(vm, request).await.map_err(context("guest.exec", vm))
-    }
-}
-
-fn context(operation: &'static str, vm: VmId) -> impl Fn(Error) -> Error {
-    move |error| error.during(operation).on(format!("vm {vm}"))
-}
-
-fn silent_end(exited: &Exited) -> Error {
-    let text = String::from_utf8_lossy(&exited.stderr);
-    Error::internal(format!(
-        "the runner in the guest ended without an answer ({}): {}",
-        exited.how,
-        ocr_core::id::shown(text.trim())
-    ))
-}
-
-/// Refuses names that `id` and `su` of some guests take for a number.
-fn check_user(user: &str, field: &str) -> Result<()> {
-    ocr_core::guest::check_user_name(user)?;
-    check_argument(field, user)?;
-    if user.starts_with('+') || user.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(Error::invalid(field, "wants an account's name, not its number"));
-    }
-    Ok(())
-}
-
-/// Refuses what the agent's JSON reader takes for an error: code points that are no characters.
-fn check_argument(field: &str, text: &str) -> Result<()> {
-    let bad = |c: char| matches!(c, '\u{fdd0}'..='\u{fdef}') || u32::from(c) & 0xfffe == 0xfffe;
-    if text.contains(bad) {
-        return Err(Error::invalid(field, "must not have code points that are no characters (such as U+FFFE)"));
-    }
-    Ok(())
-}
-
-/// Sends the output of a running command on, from the files it goes to.
-struct Progress<'a> {
-    sender: &'a mpsc::Sender<OutputChunk>,
-    streams: [Stream; 2],
-    next: Instant,
-    pause: Duration,
-}
-
-struct Stream {
-    path: String,
-    wrap: fn(Bytes) -> OutputChunk,
-    handle: Option<Handle>,
-    sent_bytes: u64,
-    limit_bytes: u64,
-}
-
-impl<'a> Progress<'a> {
-    fn new(sender: &'a mpsc::Sender<OutputChunk>, folder: &str, limit_bytes: u64) -> Self {
-        let stream =
-            |name, wrap| Stream { path: format!("{folder}/{name}"), wrap, handle: None, sent_bytes: 0, limit_bytes };
-        let pause = Duration::from_millis(100);
-        Self {
-            sender,
-            streams: [stream("out", OutputChunk::Stdout), stream("err", OutputChunk::Stderr)],
-            next: Instant::now() + pause,
-            pause,
+        async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
+            let ran = super::exec::exec(self.agent(vm), request, CAPABILITIES.max_output_bytes).await;
+            ran.map_err(|error| error.during("guest.exec").on(vm_resource(vm)))
         }
     }
 
-    /// Sends what is new, when it is time to look. A fault loses progress and nothing else.
-    async fn look<L: AgentLink>(&mut self, agent: &Agent<L>, vm: VmId) {
-        if Instant::now() < self.next || self.sender.is_closed() {
-            return;
+    impl Libvirt {
+        fn agent(&self, vm: VmId) -> Agent<'_> {
+            Agent { inner: &self.inner, vm }
         }
-        for stream in &mut self.streams {
-            match stream.read(agent, vm).await {
-                Ok(bytes) if bytes.is_empty() => {}
-                Ok(bytes) => {
-                    stream.sent_bytes += bytes.len() as u64;
-                    let _ = self.sender.try_send((stream.wrap)(bytes));
-                }
-                Err(error) => {
-                    tracing::debug!(%vm, %error, "no look at a running command's output");
-                    stream.handle = None;
-                }
-            }
-        }
-        self.pause = (self.pause * 2).min(PROGRESS_PAUSE);
-        self.next = Instant::now() + self.pause;
-    }
-
-    /// Sends the rest.
-    async fn finish<L: AgentLink>(self, agent: &Agent<L>, vm: VmId, outputs: [&Bytes; 2]) {
-        for (stream, output) in self.streams.into_iter().zip(outputs) {
-            if let Some(handle) = stream.handle {
-                let _ = agent.close(vm, handle).await;
-            }
-            let mut rest = output.slice((stream.sent_bytes as usize).min(output.len())..);
-            while !rest.is_empty() {
-                let chunk = rest.split_to(rest.len().min(PROGRESS_BYTES));
-                let _ = self.sender.try_send((stream.wrap)(chunk));
-            }
-        }
-    }
-}
-
-impl Stream {
-    async fn read<L: AgentLink>(&mut self, agent: &Agent<L>, vm: VmId) -> Result<Bytes> {
-        let count = (self.limit_bytes - self.sent_bytes).min(PROGRESS_BYTES as u64) as usize;
-        if count == 0 {
-            return Ok(Bytes::new());
-        }
-        let handle = match self.handle {
-            Some(handle) => handle,
-            None => {
-                let handle = agent.open(vm, &self.path, "r").await?;
-                self.handle = Some(handle);
-                if self.sent_bytes > 0 {
-                    agent.seek(vm, handle, self.sent_bytes).await?;
-                }
-                handle
-            }
-        };
-        agent.read(vm, handle, count).await.map(|(bytes, _)| bytes)
     }
 }
