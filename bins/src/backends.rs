@@ -69,7 +69,7 @@ impl Backends {
         let config = ocr_libvirt::Config {
             uri: settings.uri.clone(),
             pool: settings.pool.clone(),
-            domain_type: settings.domain_type.parse()?,
+            domain_type: domain_type(&settings.domain_type)?,
             user: settings.user.clone(),
             password: settings.password.clone(),
             ..ocr_libvirt::Config::default()
@@ -108,5 +108,20 @@ impl Backends {
             #[cfg(feature = "libvirt")]
             Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
         }
+    }
+}
+
+#[cfg(feature = "libvirt")]
+fn domain_type(text: &str) -> Result<ocr_libvirt::config::DomainType> {
+    use ocr_libvirt::config::DomainType;
+
+    match text.to_ascii_lowercase().as_str() {
+        "kvm" => Ok(DomainType::Kvm),
+        "qemu" => Ok(DomainType::Qemu),
+        "auto" => Ok(DomainType::Auto),
+        _ => Err(ocr_core::Error::invalid(
+            "DOMAIN_TYPE",
+            format_args!("wants kvm, qemu or auto, got {}", ocr_core::id::shown(text)),
+        )),
     }
 }

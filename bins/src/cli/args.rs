@@ -271,7 +271,7 @@ pub struct BackendArgs {
     #[arg(long, env = "DOMAIN_TYPE", default_value = "auto")]
     pub domain_type: String,
     /// The template's id or name, for demo and conform
-    #[arg(long, default_value = "guest")]
+    #[arg(long, default_value = "guest.qcow2")]
     pub template: String,
     /// Tag on everything that is made
     #[arg(long, env = "OWNER", default_value = "ocr")]

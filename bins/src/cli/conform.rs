@@ -40,7 +40,7 @@ pub(crate) async fn run(args: &ConformArgs, output: &Output) -> Result<ExitCode,
 async fn subject(backends: &Backends, args: &ConformArgs) -> Result<Subject, Failure> {
     // The template of the memory backend has a name of its own.
     let template = match (args.backend.backend, args.backend.template.as_str()) {
-        (BackendKind::Memory, "guest") => "tiny",
+        (BackendKind::Memory, "guest.qcow2") => "tiny",
         (_, named) => named,
     };
     let networks = backends.network.list_networks(&NetworkFilter::default()).await?;

@@ -194,7 +194,7 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
     let mut machines = VirtualMachineServiceClient::new(stage.machiner.clone());
     let template = match (args.backend.backend, args.backend.template.as_str()) {
         // The template of the memory backend has a name of its own.
-        (BackendKind::Memory, "guest") => "tiny",
+        (BackendKind::Memory, "guest.qcow2") => "tiny",
         (_, named) => named,
     };
     let request = deploy(template, &links(&stage.backends).await?);
