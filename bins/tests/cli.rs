@@ -3,7 +3,11 @@
 
 mod support;
 
-use std::{path::Path, process::Command, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use serde_json::{Value, json};
 use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, write_package};
@@ -11,6 +15,7 @@ use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run,
 /// `ocr serve --backend memory` on a free port, with three packages.
 struct Serve {
     server: Server,
+    state: PathBuf,
 }
 
 impl Serve {
@@ -37,10 +42,11 @@ impl Serve {
         );
         let mut serve = command(OCR);
         serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]);
-        serve.arg(&packages).arg("--state").arg(folder.join("state.redb"));
+        let state = folder.join("state.redb");
+        serve.arg(&packages).arg("--state").arg(&state);
         let server = Server::start(serve, &folder.join("log"));
         server.serving(SOON).await;
-        Self { server }
+        Self { server, state }
     }
 
     /// Runs `ocr` against it.
@@ -185,7 +191,7 @@ async fn what_the_command_line_itself_refuses_is_a_usage_error() {
     ] {
         let said = ocr(arguments).await;
         assert_eq!(said.code, Some(2), "{arguments:?}: {said:?}");
-        assert!(said.stderr.contains("Usage: "), "{arguments:?}: {said:?}");
+        assert!(said.stderr.contains("--help") || said.stderr.contains("Usage: "), "{arguments:?}: {said:?}");
     }
 }
 
@@ -216,10 +222,7 @@ async fn a_state_file_belongs_to_one_process() {
     let folder = keeper().new_folder("second");
     let mut second = command(OCR);
     second.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]).arg(&folder);
-    // The first one's command line has its file.
-    let line = std::fs::read(format!("/proc/{}/cmdline", serve.server.pid())).unwrap();
-    let line = String::from_utf8(line).unwrap();
-    second.arg("--state").arg(line.split('\0').skip_while(|word| *word != "--state").nth(1).unwrap());
+    second.arg("--state").arg(&serve.state);
     let failure = run(SOON, second).await.failed();
     assert!(failure.contains("state.redb"), "{failure}");
     assert_eq!(serve.ocr(&["vm", "list"]).await.fine(), "no machines\n");
@@ -239,10 +242,11 @@ async fn the_demo_runs_in_memory() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_memory_backend_conforms() {
     let listed = ocr(&["conform", "--backend", "memory", "--list", "--json"]).await.json();
-    let listed = listed.as_array().unwrap().len();
     let report = ocr(&["conform", "--backend", "memory", "--guest-user", "user", "--json"]).await.json();
     assert_eq!((&report["failed"], report["passed"].as_u64().unwrap() > 50), (&json!(0), true), "{report}");
-    assert_eq!(report["passed"].as_u64().unwrap() + report["ignored"].as_u64().unwrap(), listed as u64);
+    let names = |cases: &Value| cases.as_array().unwrap().iter().map(|case| case["name"].clone()).collect::<Vec<_>>();
+    let reported = names(&report["cases"]);
+    assert!(names(&listed).iter().all(|name| reported.contains(name)), "{listed} in {report}");
     let few = ocr(&["conform", "--backend", "memory", "--filter", "vm_create_repeat"]).await.fine();
     assert!(few.contains("vm_create_repeat"), "{few}");
 }
