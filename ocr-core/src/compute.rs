@@ -26,7 +26,8 @@ pub trait ComputeBackend: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Behavior
     /// - The machine MUST be seen by `get_vm` and `list_vms` as soon as this returns [case: vm_create_visible].
-    /// - Owner, request, scope, name, cpus and memory MUST come back as given [case: vm_create_keeps_tags].
+    /// - Owner, request, scope, name and cpus MUST come back as given, memory as given or rounded up to a whole MiB
+    ///   [case: vm_create_keeps_tags].
     /// - A repeat of the same spec MUST return the same machine and make no second one [case: vm_create_repeat].
     /// - Two at once with the same spec MUST give one machine [case: vm_create_race].
     /// - The same request with another spec MUST fail with `AlreadyExists` and change nothing [case: vm_create_request_reused].
@@ -36,7 +37,8 @@ pub trait ComputeBackend: fmt::Debug + Send + Sync + 'static {
     ///   [case: vm_create_unknown_image] [case: vm_create_unknown_network].
     /// - No cpu, no memory, or more than [`ComputeCapabilities`] allows MUST fail with `Invalid` and leave nothing
     ///   [case: vm_create_bad_size].
-    /// - NICs MUST be in the order of `links` [case: vm_create_nics].
+    /// - NICs MUST be in the order of `links` [case: vm_create_nics]; without the capability `nics` any link MUST fail
+    ///   with `Unsupported` and leave nothing [case: vm_create_nics_unsupported].
     async fn create_vm(&self, spec: &VmSpec) -> Result<Vm>;
 
     /// Reads one machine.
@@ -64,7 +66,8 @@ pub trait ComputeBackend: fmt::Debug + Send + Sync + 'static {
     /// - Starting what runs and stopping what is stopped MUST be `Ok` and change nothing [case: vm_power_repeat].
     /// - After `Stop` the machine MUST become `Stopped`, after `Start` `Running` again, the same id [case: vm_power_cycle].
     /// - After `Reboot` the machine MUST be `Running` [case: vm_power_reboot].
-    /// - Rebooting a stopped machine MUST fail with `Conflict` [case: vm_power_reboot_stopped].
+    /// - Rebooting a stopped machine MUST fail with `Conflict` and leave it stopped [case: vm_power_reboot_stopped].
+    /// - Without the capability `power` it MUST fail with `Unsupported`, whatever the machine [case: vm_power_unsupported].
     async fn set_power(&self, id: VmId, action: PowerAction) -> Result<()>;
 
     /// Deletes a machine, running or not, and everything that the backend made for it (disks, ports, records).

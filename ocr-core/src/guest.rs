@@ -25,6 +25,11 @@ use crate::{Deletion, Error, OperationId, OsFamily, Result, VmId};
 ///
 /// and a machine that is switched off gives `Conflict` with
 /// [`GUEST_NOT_RUNNING`](crate::error::reason::GUEST_NOT_RUNNING).
+///
+/// - Every method MUST tell that the machine is gone, and that a repeat is no use [case: guest_gone_everywhere].
+/// - A machine without an agent channel MUST give `AGENT_ABSENT` as soon as it runs [case: guest_agent_absent].
+/// - A path that is not absolute, has a `.` or `..` part, ends in `/` or has a NUL byte MUST fail with `Invalid`
+///   [case: guest_bad_path].
 #[async_trait]
 pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// What this backend can do. It never changes while the backend lives.
@@ -75,7 +80,8 @@ pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// - Environment and stdin MUST reach the command as given [case: guest_exec_environment] [case: guest_exec_stdin].
     /// - A shell line MUST be run by the guest's shell, an argv without one [case: guest_exec_shell] [case: guest_exec_argv].
     /// - With `user`, the command MUST run as that user [case: guest_exec_user]; an unknown one MUST fail with `Invalid`
-    ///   and run nothing [case: guest_exec_unknown_user].
+    ///   and run nothing [case: guest_exec_unknown_user]; without the capability `users` any MUST fail with `Unsupported`
+    ///   [case: guest_exec_users_unsupported].
     /// - A repeat with the same `operation` MUST NOT run the command again and MUST return the first result
     ///   [case: guest_exec_repeat]; two at once MUST run it once [case: guest_exec_race].
     /// - A command past its deadline MUST be ended in the guest, children included, and give `TimedOut`

@@ -21,9 +21,13 @@ pub trait ImageBackend: fmt::Debug + Send + Sync + 'static {
     /// # Behavior
     /// - Name, tags, format, guest family and users MUST come back as given [case: image_import_visible].
     /// - A repeat of the same spec MUST return the same image [case: image_import_repeat].
-    /// - The same owner and name under another request MUST fail with `AlreadyExists` [case: image_import_name_taken].
+    /// - The same request with another spec MUST fail with `AlreadyExists` and change nothing
+    ///   [case: image_import_request_reused].
+    /// - The same owner and name under another request MUST fail with `AlreadyExists` and leave nothing
+    ///   [case: image_import_name_taken].
     /// - A wrong checksum MUST fail with `Invalid` and leave nothing [case: image_import_checksum].
     /// - A source that is not there MUST fail with `NotFound` and leave nothing [case: image_import_missing].
+    /// - Without the capability `import` it MUST fail with `Unsupported` [case: image_import_unsupported].
     async fn import_image(&self, spec: &ImageSpec) -> Result<Image>;
 
     /// Lists the images that match every part of the filter, in no particular order.
@@ -48,15 +52,21 @@ pub trait ImageBackend: fmt::Debug + Send + Sync + 'static {
     /// Makes an image of a machine's disk.
     ///
     /// # Behavior
-    /// - Without the capability `capture` it MUST fail with `Unsupported` [case: image_capture_unsupported].
-    /// - The image is visible only when it is complete.
+    /// - The image MUST have the name and tags asked for, and be seen by `get_image` and `find_images` on return
+    ///   [case: image_capture_visible]. It is visible only when it is complete.
+    /// - A machine that does not exist MUST give `NotFound` and leave nothing [case: image_capture_missing].
+    /// - Without the capability `capture` it MUST fail with `Unsupported`, whatever the machine
+    ///   [case: image_capture_unsupported].
     async fn capture_vm(&self, vm: VmId, name: &Name, tags: &Tags) -> Result<Image>;
 
     /// Writes an image's data to a file on this machine; returns its size in bytes.
     ///
     /// # Behavior
-    /// - Without the capability `export` it MUST fail with `Unsupported` [case: image_export_unsupported].
-    /// - The file appears complete or not at all.
+    /// - An image that was taken in MUST come out byte for byte, and its size as returned [case: image_export_roundtrip].
+    ///   The file appears complete or not at all.
+    /// - An image that does not exist MUST give `NotFound` and leave no file [case: image_export_missing].
+    /// - Without the capability `export` it MUST fail with `Unsupported`, whatever the image
+    ///   [case: image_export_unsupported].
     async fn export_image(&self, id: ImageId, to: &std::path::Path) -> Result<u64>;
 }
 

@@ -1,6 +1,8 @@
 //! Deploy virtual machines and act inside them: traits, types and engines.
 
 pub mod compute;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod error;
 pub mod exec;
 pub mod guest;

@@ -22,9 +22,13 @@ pub trait NetworkBackend: fmt::Debug + Send + Sync + 'static {
     /// - The network MUST be seen by `get_network` and `list_networks` on return, with its tags [case: net_create_visible].
     /// - A repeat of the same spec MUST return the same network [case: net_create_repeat]; two at once MUST give one
     ///   [case: net_create_race].
-    /// - The same owner, scope and name under another request MUST fail with `AlreadyExists` [case: net_create_name_taken].
+    /// - The same request with another spec MUST fail with `AlreadyExists` and change nothing
+    ///   [case: net_create_request_reused].
+    /// - The same owner, scope and name under another request MUST fail with `AlreadyExists` and make nothing
+    ///   [case: net_create_name_taken].
     /// - A VLAN outside 1 to 4094, a gateway outside its range, or a range that is none MUST fail with `Invalid` and
     ///   make nothing [case: net_create_invalid].
+    /// - A kind that the capabilities lack MUST fail with `Unsupported` and make nothing [case: net_create_unsupported].
     async fn create_network(&self, spec: &NetworkSpec) -> Result<Network>;
 
     /// Reads one network.
@@ -36,7 +40,7 @@ pub trait NetworkBackend: fmt::Debug + Send + Sync + 'static {
     /// Lists the networks that match every part of the filter, in no particular order.
     ///
     /// # Behavior
-    /// - Owner and name MUST each narrow the list; nothing that matches MUST be an empty list [case: net_list_filter].
+    /// - Owner, scope and name MUST each narrow the list; nothing that matches MUST be an empty list [case: net_list_filter].
     async fn list_networks(&self, filter: &NetworkFilter) -> Result<Vec<Network>>;
 
     /// Deletes a network that no machine uses.
@@ -51,7 +55,9 @@ pub trait NetworkBackend: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Behavior
     /// - A machine that does not exist MUST give `NotFound` [case: net_access_missing].
-    /// - Without the capability `access` it MUST fail with `Unsupported` and change nothing [case: net_access_unsupported].
+    /// - Every [`Access`] MUST be taken, also the same one again [case: net_access_set].
+    /// - Without the capability `access` it MUST fail with `Unsupported`, whatever the machine
+    ///   [case: net_access_unsupported].
     async fn set_access(&self, vm: VmId, access: &Access) -> Result<()>;
 }
 

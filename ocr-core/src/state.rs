@@ -29,13 +29,13 @@ pub trait StateStore: fmt::Debug + Send + Sync + 'static {
     /// # Behavior
     /// - The version MUST be greater than every earlier one of this key, deleted and expired ones too
     ///   [case: state_versions_grow]. Fencing tokens rest on this.
-    /// - [`Precondition::Absent`] MUST fail with `AlreadyExists` when there is a record [case: state_put_absent];
-    ///   [`Precondition::Version`] MUST fail with `Conflict`, reason `VERSION_MISMATCH`, when another version or none
-    ///   is there [case: state_put_version]. A failed write MUST change nothing.
+    /// - [`Precondition::Absent`] MUST fail with `AlreadyExists` and change nothing when there is a record
+    ///   [case: state_put_absent]; [`Precondition::Version`] MUST fail with `Conflict`, reason `VERSION_MISMATCH`, and change
+    ///   nothing when another version or none is there [case: state_put_version].
     /// - Of several at once with the same precondition exactly one MUST win [case: state_put_race].
     /// - With a time to live the record MUST be gone after it, and not before [case: state_ttl]; a write without one
     ///   MUST take an earlier one away [case: state_ttl_cleared].
-    /// - A value over [`MAX_VALUE_BYTES`] MUST fail with `Invalid` [case: state_value_too_large].
+    /// - A value over [`MAX_VALUE_BYTES`] MUST fail with `Invalid` and change nothing [case: state_value_too_large].
     async fn put(&self, key: &Key, value: Bytes, only: Precondition, ttl: Option<Duration>) -> Result<Version>;
 
     /// Deletes one record.
@@ -52,7 +52,8 @@ pub trait StateStore: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Behavior
     /// - It MUST give each matching record once, in order, at most `limit` (1 to [`MAX_PAGE`]) of them
-    ///   [case: state_list_pages]; what is written meanwhile may or may not be in it.
+    ///   [case: state_list_pages]; another limit MUST fail with `Invalid` [case: state_list_limit]. What is written
+    ///   meanwhile may or may not be in it.
     /// - A prefix MUST match by bytes: `a/b` matches `a/b`, `a/bc` and `a/b/c` [case: state_list_prefix].
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Vec<(Key, Versioned)>>;
 }

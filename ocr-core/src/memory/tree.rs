@@ -8,7 +8,6 @@ pub(super) const ROOT: &str = "root";
 const MAX_NODES: usize = 100_000;
 
 /// A file's content: shared until it is changed, and appended to without a copy of the whole.
-#[expect(clippy::rc_buffer, reason = "a slice could not grow in place")]
 pub(super) type Content = Arc<Vec<u8>>;
 
 #[derive(Clone, Debug)]
@@ -213,6 +212,9 @@ impl Tree {
     }
 
     fn add(&mut self, who: &str, path: &str, node: Node) -> Outcome<()> {
+        if path.is_empty() {
+            return Err(Fail::Missing);
+        }
         if !self.open(who, parent(path), Want::Write)?.is_folder() {
             return Err(Fail::NoFolder);
         }
@@ -277,8 +279,12 @@ pub(super) fn join(folder: &str, name: &str) -> String {
     if folder == "/" { format!("/{name}") } else { format!("{folder}/{name}") }
 }
 
-/// A path as the tree knows it: absolute, without `.`, `..` and doubled slashes.
+/// A path as the tree knows it: absolute, without `.`, `..` and doubled slashes. The empty path stays empty and is that of
+/// nothing.
 pub(super) fn resolve(folder: &str, path: &str) -> String {
+    if path.is_empty() {
+        return String::new();
+    }
     let from = if path.starts_with('/') { "" } else { folder };
     let mut parts: Vec<&str> = Vec::new();
     for part in from.split('/').chain(path.split('/')) {
