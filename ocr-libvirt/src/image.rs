@@ -377,12 +377,25 @@ impl Import {
         image.ok_or_else(|| Error::unavailable("the image was deleted at once").into())
     }
 
-    /// The image that has our name: the same request's is the answer, another's is in the way.
+    /// The image that has our name: the same request's is the answer, another's is in the way. And so is an image
+    /// of another name that the same request made.
     fn existing(&self, connect: &Connect, pool: &StoragePool, record: &str) -> Result<Option<Image>, Trouble> {
-        let Some(kept) = read_record(connect, pool, record)? else { return Ok(None) };
+        let taken = |why: String| Err(Error::new(ErrorKind::AlreadyExists, why).into());
+        let Some(kept) = read_record(connect, pool, record)? else {
+            for volume in pool.list_all_volumes(0)? {
+                let name = volume.name()?;
+                if Role::of(&name) == Role::ImageRecord
+                    && volume::is_image_of(&name, &self.spec.tags.owner)
+                    && let Some(other) = read_record(connect, pool, &name)?
+                    && (&other.tags.owner, &other.tags.request) == (&self.spec.tags.owner, &self.spec.tags.request)
+                {
+                    return taken(format!("request {} has already made image {}", other.tags.request, other.name));
+                }
+            }
+            return Ok(None);
+        };
         if kept.tags.request != self.spec.tags.request {
-            let why = format!("there is already an image {}", self.spec.name);
-            return Err(Error::new(ErrorKind::AlreadyExists, why).into());
+            return taken(format!("there is already an image {}", self.spec.name));
         }
         let Some(data) = found(pool.lookup_storage_vol_by_name(&kept.data))? else { return Ok(None) };
         image_of(connect, pool, self.this.inner.pool, &data)
