@@ -120,6 +120,13 @@ pub const VARIABLES: &[Variable] = &[
     variable("PROJECT", BOTH, Wanted::ByOpenStack, "OpenStack project"),
     variable("GATEWAY_NETWORK", BOTH, Wanted::ByOpenStack, "OpenStack network that routers lead to"),
     variable("REGION", BOTH, Wanted::ByOpenStack, "OpenStack region"),
+    optional(
+        "OCR_CREDENTIAL_KIND",
+        BOTH,
+        None,
+        "password or application; by default 32 hexadecimal digits in CREDENTIAL_ID are an application credential",
+    ),
+    optional("OCR_CA_FILE", BOTH, None, "file with the certificates of the authorities that signed OpenStack's"),
     Variable {
         wanted: Wanted::WithOpenStack,
         ..optional(
@@ -406,10 +413,11 @@ impl<'a> Reader<'a> {
         let insecure = self.boolean("GLOBAL_INSECURE");
         let libvirt = self.libvirt();
         if self.openstack {
-            for name in
-                ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "DOMAIN", "PROJECT", "GATEWAY_NETWORK", "REGION"]
-            {
-                self.text(name);
+            for name in OPENSTACK {
+                self.maybe(name);
+            }
+            if let Err(faults) = ocr_openstack::Config::from_lookup(|name| self.source.get(name)) {
+                self.faults.extend(faults.0.iter().map(ToString::to_string));
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
