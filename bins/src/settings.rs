@@ -41,6 +41,8 @@ pub enum Wanted {
     Always,
     /// With `BACKEND=openstack`.
     WithOpenStack,
+    /// Likewise, and `ocr_openstack::Config` checks it.
+    ByOpenStack,
     /// Never.
     Optional,
 }
@@ -111,13 +113,20 @@ pub const VARIABLES: &[Variable] = &[
     },
     variable("EXECUTOR_PORT", EXECUTOR, Wanted::Always, "port to listen on; 0 takes a free one and logs it"),
     optional("BACKEND", BOTH, Some("openstack"), "where machines are: openstack or libvirt"),
-    variable("AUTH_URL", BOTH, Wanted::WithOpenStack, "Keystone's address, with or without /v3"),
-    variable("CREDENTIAL_ID", BOTH, Wanted::WithOpenStack, "user name or application credential id"),
-    Variable { secret: true, ..variable("CREDENTIAL_SECRET", BOTH, Wanted::WithOpenStack, "its password or secret") },
-    variable("DOMAIN", BOTH, Wanted::WithOpenStack, "OpenStack domain, usually Default"),
-    variable("PROJECT", BOTH, Wanted::WithOpenStack, "OpenStack project"),
-    variable("GATEWAY_NETWORK", BOTH, Wanted::WithOpenStack, "OpenStack network that routers lead to"),
-    variable("REGION", BOTH, Wanted::WithOpenStack, "OpenStack region"),
+    variable("AUTH_URL", BOTH, Wanted::ByOpenStack, "Keystone's address, with or without /v3"),
+    variable("CREDENTIAL_ID", BOTH, Wanted::ByOpenStack, "user name or application credential id"),
+    Variable { secret: true, ..variable("CREDENTIAL_SECRET", BOTH, Wanted::ByOpenStack, "its password or secret") },
+    variable("DOMAIN", BOTH, Wanted::ByOpenStack, "OpenStack domain, usually Default"),
+    variable("PROJECT", BOTH, Wanted::ByOpenStack, "OpenStack project"),
+    variable("GATEWAY_NETWORK", BOTH, Wanted::ByOpenStack, "OpenStack network that routers lead to"),
+    variable("REGION", BOTH, Wanted::ByOpenStack, "OpenStack region"),
+    optional(
+        "OCR_CREDENTIAL_KIND",
+        BOTH,
+        None,
+        "password or application; by default 32 hexadecimal digits in CREDENTIAL_ID are an application credential",
+    ),
+    optional("OCR_CA_FILE", BOTH, None, "file with the certificates of the authorities that signed OpenStack's"),
     Variable {
         wanted: Wanted::WithOpenStack,
         ..optional(
@@ -190,6 +199,19 @@ pub const VARIABLES: &[Variable] = &[
     optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
     optional("LOG_DIR", BOTH, None, "folder for log files, one a day; without it, logs go to stderr"),
     optional("LOG_FILE_NAME", BOTH, Some("ocr-SERVER.log"), "beginning of the log files' names"),
+];
+
+/// The variables that `ocr_openstack::Config` reads and checks, but for GLOBAL_INSECURE.
+const OPENSTACK: [&str; 9] = [
+    "AUTH_URL",
+    "CREDENTIAL_ID",
+    "CREDENTIAL_SECRET",
+    "OCR_CREDENTIAL_KIND",
+    "DOMAIN",
+    "PROJECT",
+    "GATEWAY_NETWORK",
+    "REGION",
+    "OCR_CA_FILE",
 ];
 
 /// What is wrong with the settings, all of it.
@@ -391,10 +413,11 @@ impl<'a> Reader<'a> {
         let insecure = self.boolean("GLOBAL_INSECURE");
         let libvirt = self.libvirt();
         if self.openstack {
-            for name in
-                ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "DOMAIN", "PROJECT", "GATEWAY_NETWORK", "REGION"]
-            {
-                self.text(name);
+            for name in OPENSTACK {
+                self.maybe(name);
+            }
+            if let Err(faults) = ocr_openstack::Config::from_lookup(|name| self.source.get(name)) {
+                self.faults.extend(faults.0.iter().map(ToString::to_string));
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
@@ -510,7 +533,7 @@ impl<'a> Reader<'a> {
         let wanted = match variable.wanted {
             Wanted::Always => true,
             Wanted::WithOpenStack => self.openstack,
-            Wanted::Optional => false,
+            Wanted::ByOpenStack | Wanted::Optional => false,
         };
         if given.is_none() && wanted {
             self.faults.push(format!("{name}: is not set; it is {}", variable.about));
@@ -591,7 +614,7 @@ pub fn as_markdown() -> String {
         let servers: Vec<_> = variable.servers.iter().map(|server| server.name()).collect();
         let wanted = match variable.wanted {
             Wanted::Always => "yes",
-            Wanted::WithOpenStack => "with `BACKEND=openstack`",
+            Wanted::WithOpenStack | Wanted::ByOpenStack => "with `BACKEND=openstack`",
             Wanted::Optional => "no",
         };
         let default = variable.default.map(|default| format!("`{default}`")).unwrap_or_default();
@@ -649,6 +672,15 @@ mod tests {
         for name in bad.keys().map(String::as_str).chain(["GLOBAL_HOST"]) {
             assert!(faults.0.iter().any(|fault| fault.starts_with(&format!("{name}: "))), "{name} in {faults}");
         }
+    }
+
+    #[test]
+    fn openstacks_faults_come_with_the_others_and_say_what_this_version_lacks() {
+        let faults = with("BACKEND", "openstack").unwrap_err();
+        for name in ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "REGION", "GATEWAY_NETWORK", "HYPERVISOR_USER"] {
+            assert!(faults.0.iter().any(|fault| fault.starts_with(name)), "{name} in {faults}");
+        }
+        assert!(faults.to_string().contains("BACKEND: openstack is not in this version yet"), "{faults}");
     }
 
     #[test]

@@ -133,7 +133,7 @@ fn variables_help(server: Server) -> String {
     for variable in VARIABLES.iter().filter(|variable| variable.servers.contains(&server)) {
         let wanted = match variable.wanted {
             Wanted::Always => " (mandatory)".to_owned(),
-            Wanted::WithOpenStack => " (mandatory with BACKEND=openstack)".to_owned(),
+            Wanted::WithOpenStack | Wanted::ByOpenStack => " (mandatory with BACKEND=openstack)".to_owned(),
             Wanted::Optional => variable
                 .default
                 .map(|default| format!(" [{}]", default.replace("SERVER", server.name())))

@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use uuid::Uuid;
-use virt::{connect::Connect, storage_pool::StoragePool};
+use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol};
 
 use crate::{
     config::{Config, DomainType},
@@ -26,6 +26,8 @@ use crate::{
 
 /// The machines remembered at least; beyond that, those that nobody works on are forgotten.
 const REMEMBERED_MACHINES: usize = 4096;
+/// The longest single pause before a volume in use is tried again; all of them together are twice that.
+const VOLUME_PATIENCE: Duration = Duration::from_secs(2);
 /// After so many commands a guest is told to forget old results.
 const COMMANDS_BETWEEN_PRUNING: u32 = 32;
 /// The most virtual cpus where libvirt does not say.
@@ -196,8 +198,8 @@ impl Facts {
             ))
             .into());
         }
-        let uuid = Uuid::try_parse(&found.uuid)
-            .map_err(|error| Error::internal("the pool has no UUID").with_source(error))?;
+        let uuid =
+            Uuid::try_parse(&found.uuid).map_err(|error| Error::internal("the pool has no UUID").with_source(error))?;
         // Both kinds allow about the same; a driver that does not tell gets a usual value.
         let max_cpus = connect.max_vcpus(Some("qemu")).or_else(|_| connect.max_vcpus(None)).unwrap_or(USUAL_MAX_CPUS);
         let max_ram_bytes = connect.node_info()?.memory.saturating_mul(1024);
@@ -221,6 +223,23 @@ pub(crate) fn found<T>(result: Result<T, virt::error::Error>) -> Result<Option<T
                 Meaning::NoDomain | Meaning::NoNetwork | Meaning::NoPool | Meaning::NoVolume => Ok(None),
                 _ => Err(Trouble::Libvirt(failure)),
             }
+        }
+    }
+}
+
+/// Deletes a volume; `None` when it was gone. One that libvirt still has its hands on, as for a moment after an
+/// upload, is waited for.
+pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> {
+    let mut pause = Duration::from_millis(10);
+    loop {
+        match found(volume.delete(0)) {
+            Err(Trouble::Libvirt(failure))
+                if failure.meaning() == crate::error::Meaning::WrongState && pause < VOLUME_PATIENCE =>
+            {
+                std::thread::sleep(pause);
+                pause *= 2;
+            }
+            result => return result,
         }
     }
 }

@@ -21,7 +21,7 @@ use virt::{
 };
 
 use crate::{
-    backend::{Libvirt, found, network_resource, pool, vm_resource},
+    backend::{Libvirt, delete_volume, found, network_resource, pool, vm_resource},
     door::{Call, Effect, Lane, Trouble},
     error::{Failure, Meaning},
     image,
@@ -344,7 +344,7 @@ impl Making {
             Err(failure) if failure.meaning() == Meaning::Exists => {
                 if !domain.is_active()? {
                     if let Some(stale) = found(pool.lookup_storage_vol_by_name(&self.disk))? {
-                        found(stale.delete(0))?;
+                        delete_volume(&stale)?;
                     }
                     StorageVol::create_xml(&pool, &disk.xml()?, 0)?;
                 }
@@ -481,7 +481,7 @@ fn delete(connect: &Connect, pool_name: &str, domain: &Domain, id: VmId) -> Resu
     if let Some(ours) = seen.ours {
         let name = volume::disk_name(&ours.tags.owner, id);
         if let Some(disk) = found(pool(connect, pool_name)?.lookup_storage_vol_by_name(&name))? {
-            found(disk.delete(0))?;
+            delete_volume(&disk)?;
         }
     }
     let flags = sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -501,7 +501,7 @@ where
     for disk in pool(connect, pool_name)?.list_all_volumes(0)? {
         let name = disk.name()?;
         let Role::Disk { owner, vm } = Role::of(&name) else { continue };
-        if wanted(&owner, vm) && domain_of(connect, vm)?.is_none() && found(disk.delete(0))?.is_some() {
+        if wanted(&owner, vm) && domain_of(connect, vm)?.is_none() && delete_volume(&disk)?.is_some() {
             deleted.push(name);
         }
     }

@@ -193,9 +193,9 @@ impl Door {
         for _ in 0..3 {
             let busy = || Trouble::Ours(unavailable(call, "too many calls to libvirt are under way"));
             let place = timeout_at(end, lane.place()).await.map_err(|_| busy())?;
-            let connection = timeout_at(end, place.connection(&self.threads)).await.map_err(|_| {
-                Trouble::Ours(unavailable(call, "libvirt accepted no connection"))
-            })??;
+            let connection = timeout_at(end, place.connection(&self.threads))
+                .await
+                .map_err(|_| Trouble::Ours(unavailable(call, "libvirt accepted no connection")))??;
             let permit = timeout_at(end, self.threads.permit()).await.map_err(|_| busy())?;
             let (answer, answered) = oneshot::channel();
             let patience = Patience::new(&self.given_up);
@@ -217,7 +217,9 @@ impl Door {
             match answered {
                 Ok(Ok((_, Outcome::Done(result)))) => return result,
                 Ok(Ok((again, Outcome::Dead))) => work = again,
-                Ok(Err(_)) => return Err(Error::internal("a call to libvirt was dropped").during(call.operation).into()),
+                Ok(Err(_)) => {
+                    return Err(Error::internal("a call to libvirt was dropped").during(call.operation).into());
+                }
                 Err(_) => {
                     tracing::warn!(
                         operation = call.operation,
@@ -560,8 +562,11 @@ fn open(target: &Target) -> Result<Connect, Failure> {
         None => Connect::open(Some(&target.uri)),
         Some(credentials) => {
             CREDENTIALS.set(Some(credentials.clone()));
-            let kinds =
-                vec![ConnectCredentialType::AuthName, ConnectCredentialType::UserName, ConnectCredentialType::Passphrase];
+            let kinds = vec![
+                ConnectCredentialType::AuthName,
+                ConnectCredentialType::UserName,
+                ConnectCredentialType::Passphrase,
+            ];
             let opened = Connect::open_auth(Some(&target.uri), &mut ConnectAuth::new(kinds, give_credentials), 0);
             CREDENTIALS.set(None);
             opened

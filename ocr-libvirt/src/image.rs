@@ -23,7 +23,7 @@ use uuid::Uuid;
 use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol, stream::Stream};
 
 use crate::{
-    backend::{Inner, Libvirt, found, pool},
+    backend::{Inner, Libvirt, delete_volume, found, pool},
     door::{Call, Effect, Lane, Trouble},
     error::{Failure, Meaning},
     qcow2,
@@ -37,7 +37,7 @@ const IMPORT_DEADLINE: Duration = Duration::from_secs(3600);
 /// How much is sent at once.
 const CHUNK_BYTES: usize = 256 << 10;
 /// A record larger than this is none.
-const MAX_RECORD_BYTES: u64 = 64 << 10;
+const MAX_RECORD_BYTES: usize = 64 << 10;
 /// Data without a record is left alone for so long: somebody may be about to write the record.
 const UNFINISHED: Duration = Duration::from_secs(24 * 3600);
 
@@ -68,12 +68,8 @@ impl ImageBackend for Libvirt {
                 .on(resource));
         };
         let import = Import { spec: spec.clone(), path: path.clone(), this: self.clone() };
-        let call = Call {
-            operation: "image.import_image",
-            lane: Lane::Bulk,
-            effect: Effect::Some,
-            deadline: IMPORT_DEADLINE,
-        };
+        let call =
+            Call { operation: "image.import_image", lane: Lane::Bulk, effect: Effect::Some, deadline: IMPORT_DEADLINE };
         let imported = self.inner.door.call(call, move |connect| import.run(connect)).await;
         imported.map_err(|trouble| trouble.into_error().during("image.import_image").on(resource))
     }
@@ -129,9 +125,9 @@ impl ImageBackend for Libvirt {
             }
             // Without its record the image is gone; data that a crash leaves here is swept.
             if let Some(record) = found(pool.lookup_storage_vol_by_name(&record))? {
-                found(record.delete(0))?;
+                delete_volume(&record)?;
             }
-            found(data.delete(0))?;
+            delete_volume(&data)?;
             Ok(Deletion::Deleted)
         };
         let deleted = self.inner.control("image.delete_image", Effect::Some, delete).await;
@@ -162,13 +158,14 @@ impl Libvirt {
             for volume in pool.list_all_volumes(0)? {
                 let name = volume.name()?;
                 let Role::ImageData { record } = Role::of(&name) else { continue };
-                if !volume::is_image_of(&record, &owner) || read_record(connect, &pool, &record)?.is_some_and(|r| r.data == name)
+                if !volume::is_image_of(&record, &owner)
+                    || read_record(connect, &pool, &record)?.is_some_and(|r| r.data == name)
                 {
                     continue;
                 }
                 let Some(xml) = found(volume.xml_desc(0))? else { continue };
                 let age_s = Seen::parse(&xml)?.modified_s.map_or(0, |modified_s| now_s.saturating_sub(modified_s));
-                if age_s > UNFINISHED.as_secs() && found(volume.delete(0))?.is_some() {
+                if age_s > UNFINISHED.as_secs() && delete_volume(&volume)?.is_some() {
                     deleted.push(name);
                 }
             }
@@ -252,7 +249,7 @@ fn image_of(
             Some(record) if record.data == volume_name => Some(record),
             _ => return Ok(None),
         },
-        Role::Disk { .. } | Role::ImageRecord => return Ok(None),
+        Role::Disk { .. } | Role::ImageRecord | Role::Probe => return Ok(None),
     };
     let Some(xml) = found(volume.xml_desc(0))? else { return Ok(None) };
     let seen = Seen::parse(&xml)?;
@@ -280,29 +277,37 @@ fn image_of(
 fn read_record(connect: &Connect, pool: &StoragePool, name: &str) -> Result<Option<Record>, Trouble> {
     let Some(volume) = found(pool.lookup_storage_vol_by_name(name))? else { return Ok(None) };
     let Some(info) = found(volume.info())? else { return Ok(None) };
-    let length = info.capacity.min(MAX_RECORD_BYTES);
+    let length = info.capacity.min(MAX_RECORD_BYTES as u64);
     let stream = Stream::new(connect, 0)?;
-    if found(volume.download(&stream, 0, length, 0))?.is_none() {
-        return Ok(None);
+    match volume.download(&stream, 0, length, 0).map_err(Failure::from) {
+        Ok(()) => {}
+        // Gone, or being made at this moment: not there yet.
+        Err(failure) if matches!(failure.meaning(), Meaning::NoVolume | Meaning::WrongState) => return Ok(None),
+        Err(failure) => return Err(Trouble::Libvirt(failure)),
     }
-    let json = through(stream, |stream| {
-        let mut json = Vec::new();
-        let mut buffer = vec![0; CHUNK_BYTES];
-        loop {
-            match stream.recv(&mut buffer)? {
-                0 => return Ok(json),
-                n => json.extend_from_slice(buffer.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default()),
-            }
-            if json.len() as u64 > MAX_RECORD_BYTES {
-                return Err(Error::internal("libvirt sends more than it was asked for").into());
-            }
-        }
-    })?;
+    let json = receive(stream, MAX_RECORD_BYTES)?;
     Ok(serde_json::from_slice(&json).ok())
 }
 
+/// Everything that a stream brings.
+pub(crate) fn receive(stream: Stream, max_bytes: usize) -> Result<Vec<u8>, Trouble> {
+    through(stream, |stream| {
+        let mut bytes = Vec::new();
+        let mut buffer = vec![0; CHUNK_BYTES];
+        loop {
+            match stream.recv(&mut buffer)? {
+                0 => return Ok(bytes),
+                n => bytes.extend_from_slice(buffer.get(..usize::try_from(n).unwrap_or(0)).unwrap_or_default()),
+            }
+            if bytes.len() > max_bytes {
+                return Err(Error::internal("libvirt sends more than it was asked for").into());
+            }
+        }
+    })
+}
+
 /// Uses a stream and ends it one way or the other: one that is only dropped stays open in libvirtd.
-fn through<T>(stream: Stream, work: impl FnOnce(&Stream) -> Result<T, Trouble>) -> Result<T, Trouble> {
+pub(crate) fn through<T>(stream: Stream, work: impl FnOnce(&Stream) -> Result<T, Trouble>) -> Result<T, Trouble> {
     match work(&stream) {
         Ok(value) => {
             stream.finish()?;
@@ -315,7 +320,7 @@ fn through<T>(stream: Stream, work: impl FnOnce(&Stream) -> Result<T, Trouble>) 
     }
 }
 
-fn send(stream: &Stream, mut bytes: &[u8]) -> Result<(), Trouble> {
+pub(crate) fn send(stream: &Stream, mut bytes: &[u8]) -> Result<(), Trouble> {
     while !bytes.is_empty() {
         let sent = usize::try_from(stream.send(bytes)?).unwrap_or(0);
         if sent == 0 {
@@ -362,12 +367,12 @@ impl Import {
             Ok(true) => {}
             // Somebody else was quicker with this name.
             Ok(false) => {
-                found(data.delete(0))?;
+                delete_volume(&data)?;
                 let existing = self.existing(connect, &pool, &record)?;
                 return existing.ok_or_else(|| Error::unavailable("the image changes under our hands").into());
             }
             Err(trouble) => {
-                if let Err(left) = found(data.delete(0)) {
+                if let Err(left) = delete_volume(&data) {
                     tracing::warn!(volume = name, ?left, "the data of a refused image is left; a sweep takes it");
                 }
                 return Err(trouble);
@@ -377,12 +382,25 @@ impl Import {
         image.ok_or_else(|| Error::unavailable("the image was deleted at once").into())
     }
 
-    /// The image that has our name: the same request's is the answer, another's is in the way.
+    /// The image that has our name: the same request's is the answer, another's is in the way. And so is an image
+    /// of another name that the same request made.
     fn existing(&self, connect: &Connect, pool: &StoragePool, record: &str) -> Result<Option<Image>, Trouble> {
-        let Some(kept) = read_record(connect, pool, record)? else { return Ok(None) };
+        let taken = |why: String| Err(Error::new(ErrorKind::AlreadyExists, why).into());
+        let Some(kept) = read_record(connect, pool, record)? else {
+            for volume in pool.list_all_volumes(0)? {
+                let name = volume.name()?;
+                if Role::of(&name) == Role::ImageRecord
+                    && volume::is_image_of(&name, &self.spec.tags.owner)
+                    && let Some(other) = read_record(connect, pool, &name)?
+                    && (&other.tags.owner, &other.tags.request) == (&self.spec.tags.owner, &self.spec.tags.request)
+                {
+                    return taken(format!("request {} has already made image {}", other.tags.request, other.name));
+                }
+            }
+            return Ok(None);
+        };
         if kept.tags.request != self.spec.tags.request {
-            let why = format!("there is already an image {}", self.spec.name);
-            return Err(Error::new(ErrorKind::AlreadyExists, why).into());
+            return taken(format!("there is already an image {}", self.spec.name));
         }
         let Some(data) = found(pool.lookup_storage_vol_by_name(&kept.data))? else { return Ok(None) };
         image_of(connect, pool, self.this.inner.pool, &data)
@@ -449,9 +467,10 @@ impl Import {
             os_family: self.spec.os_family,
             users: self.spec.users.clone(),
         };
-        let json = serde_json::to_vec(&kept).map_err(|e| Error::internal("a record cannot be written").with_source(e))?;
+        let json =
+            serde_json::to_vec(&kept).map_err(|e| Error::internal("a record cannot be written").with_source(e))?;
         let length = json.len() as u64;
-        if length > MAX_RECORD_BYTES {
+        if json.len() > MAX_RECORD_BYTES {
             return Err(Error::invalid("users", "are too many to be kept with the image").into());
         }
         let wanted = Volume { name: record, capacity_bytes: length, format: DiskFormat::Raw, backing: None };
@@ -464,7 +483,7 @@ impl Import {
                 }
                 // A record that was begun and never written: nobody sees it, and it would be in the way for ever.
                 if let Some(stale) = found(pool.lookup_storage_vol_by_name(record))? {
-                    found(stale.delete(0))?;
+                    delete_volume(&stale)?;
                 }
                 StorageVol::create_xml(pool, &xml, 0)?
             }

@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use ocr_core::{
-    Access, ComputeBackend, Deletion, Error, ErrorKind, Name, Network, NetworkBackend, NetworkCapabilities,
-    NetworkFilter, NetworkId, NetworkSpec, Result, VmId,
+    Access, Deletion, Error, ErrorKind, Name, Network, NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId,
+    NetworkSpec, Result, VmId,
 };
 use virt::connect::Connect;
 
@@ -59,19 +59,17 @@ impl NetworkBackend for Libvirt {
 
     async fn delete_network(&self, id: NetworkId) -> Result<Deletion> {
         match self.get_network(id).await {
-            Ok(_) => Err(Error::new(
-                ErrorKind::Denied,
-                "this software did not make the network, so it does not delete it",
-            )
-            .during("network.delete_network")
-            .on(network_resource(id))),
+            Ok(_) => {
+                Err(Error::new(ErrorKind::Denied, "this software did not make the network, so it does not delete it")
+                    .during("network.delete_network")
+                    .on(network_resource(id)))
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Deletion::AlreadyGone),
             Err(error) => Err(error),
         }
     }
 
-    async fn set_access(&self, vm: VmId, _access: &Access) -> Result<()> {
-        self.get_vm(vm).await?;
+    async fn set_access(&self, _vm: VmId, _access: &Access) -> Result<()> {
         Err(Error::unsupported("this backend does not filter who may reach a machine").during("network.set_access"))
     }
 }

@@ -25,7 +25,8 @@ async fn a_machine_is_made_used_and_deleted() {
     assert_eq!((output.exit_code, &output.stdout[..], &output.stderr[..]), (4, &b"out\n"[..], &b"err\n"[..]));
 
     // The guest sees its NICs in the order of the links.
-    let line = "for p in /sys/bus/pci/devices/*; do for n in $p/virtio*/net/*/address; do [ -e $n ] && cat $n; done; done; :";
+    let line =
+        "for p in /sys/bus/pci/devices/*; do for n in $p/virtio*/net/*/address; do [ -e $n ] && cat $n; done; done; :";
     let macs = String::from_utf8(libvirt.shell(vm.id, line).await.unwrap().stdout.to_vec()).unwrap();
     let wanted: Vec<_> = vm.nics.iter().map(|nic| nic.mac.clone().unwrap()).collect();
     assert_eq!(macs.lines().collect::<Vec<_>>(), wanted);

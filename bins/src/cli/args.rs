@@ -68,6 +68,7 @@ pub enum VmCommand {
     Create(VmCreate),
     /// List our machines
     List {
+        /// Whose
         #[command(flatten)]
         scope: ScopeArgs,
     },
@@ -100,6 +101,7 @@ pub struct VmCreate {
     /// A network's id or name; one NIC for each, in this order
     #[arg(long = "link", short, value_name = "NETWORK")]
     pub links: Vec<String>,
+    /// Where it belongs
     #[command(flatten)]
     pub scope: ScopeArgs,
 }
@@ -152,6 +154,7 @@ pub struct PackageInstall {
     /// What to call it; the package's name when not given
     #[arg(long)]
     pub name: Option<String>,
+    /// As whom
     #[command(flatten)]
     pub account: AccountArgs,
     /// A variable for the action; may be repeated
@@ -198,6 +201,7 @@ pub struct ConditionInstall {
     /// What to call it
     #[arg(long)]
     pub name: Option<String>,
+    /// As whom
     #[command(flatten)]
     pub account: AccountArgs,
     /// A variable for the command; may be repeated
@@ -219,6 +223,7 @@ pub struct ConditionWatch {
 /// `ocr conform`
 #[derive(Debug, Args)]
 pub struct ConformArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Run only the cases whose name contains this
@@ -235,6 +240,7 @@ pub struct ConformArgs {
 /// `ocr demo`
 #[derive(Debug, Args)]
 pub struct DemoArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
 }
@@ -242,6 +248,7 @@ pub struct DemoArgs {
 /// `ocr serve`
 #[derive(Debug, Args)]
 pub struct ServeArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Address to listen on; port 0 takes a free one

@@ -8,10 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use futures::StreamExt;
-use ocr_core::{
-    ComputeBackend, ComputeBackendExt, GuestExecExt, ImageFilter, Owner, PowerAction, VmFilter, VmId, error::seconds,
-};
+use ocr_core::{GuestExec, GuestExecExt, ImageFilter, Owner, PowerAction, Retry, VmFilter, VmId, error::seconds};
 use ocr_grpc::{
     client::{self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient},
     proto::{
@@ -260,8 +259,9 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
     steps.note("changed the guest: the condition's value is 1", begun);
 
     let begun = Instant::now();
+    let boot = boot_id(guest, vm_id).await?;
     compute.set_power(vm_id, PowerAction::Reboot { grace: None }).await?;
-    steps.during("the guest reboots", still_streams(compute, vm_id, &mut values)).await?;
+    steps.during("the guest reboots", still_streams(guest, vm_id, &boot, &mut values)).await?;
     steps.note("reset the guest: the same stream carries on with 1", begun);
 
     let begun = Instant::now();
@@ -339,13 +339,33 @@ async fn next_value(values: &mut Streaming<ConditionStreamResponse>, wanted: f32
     })
 }
 
-/// Two values after the machine runs again prove that the stream outlived the reboot.
+/// What the guest's kernel calls this boot.
+async fn boot_id(guest: &Arc<dyn GuestExec>, vm: VmId) -> ocr_core::Result<Bytes> {
+    Ok(guest.shell(vm, "cat /proc/sys/kernel/random/boot_id").await?.stdout)
+}
+
+/// Two values after the guest is up in another boot prove that the stream outlived the reset: one may have been on
+/// its way before.
 async fn still_streams(
-    compute: &Arc<dyn ComputeBackend>,
+    guest: &Arc<dyn GuestExec>,
     vm: VmId,
+    before: &Bytes,
     values: &mut Streaming<ConditionStreamResponse>,
 ) -> Result<(), Failure> {
-    compute.poll_vm(vm, VALUE_DEADLINE, |seen| seen.is_some_and(|vm| vm.state == ocr_core::VmState::Running)).await?;
+    let another_boot = async {
+        loop {
+            match boot_id(guest, vm).await {
+                Ok(now) if now != before => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.retry() == Retry::Never => return Err(Failure::from(error)),
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(VALUE_DEADLINE, another_boot)
+        .await
+        .unwrap_or_else(|_| Err(Failure::new("the guest did not come back from its reset")))?;
     next_value(values, 1.0).await?;
     next_value(values, 1.0).await
 }

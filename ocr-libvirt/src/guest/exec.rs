@@ -104,7 +104,8 @@ fn explain(refused: Refused) -> Refused {
         failure.meaning() == Meaning::AgentRefused && failure.message.contains("Failed to execute child process")
     });
     if is_missing {
-        let error = Error::unsupported("the guest has no setsid and sh: only guests with a POSIX shell can be acted in");
+        let error =
+            Error::unsupported("the guest has no setsid and sh: only guests with a POSIX shell can be acted in");
         return Refused { error: error.with_source(refused.error), failure: refused.failure };
     }
     refused
@@ -205,8 +206,10 @@ async fn attempt(
                 .with_retry(Retry::Ambiguous));
         }
         Verdict::Lost => {
-            return Err(Error::unavailable("the command was ended from outside, without a result; it is not run again")
-                .with_retry(Retry::Ambiguous));
+            return Err(Error::unavailable(
+                "the command was ended from outside, without a result; it is not run again",
+            )
+            .with_retry(Retry::Ambiguous));
         }
         Verdict::Forgotten => {
             return Err(Error::new(ErrorKind::Conflict, "the command ran, and its output is no longer kept"));
@@ -253,8 +256,9 @@ async fn stage(agent: Agent<'_>, run: &Run) -> Result<()> {
     let folder = run.arguments.first().cloned().unwrap_or_default();
     let reply = agent.script(MAKE, &[folder, path.clone()], Vec::new()).await;
     reply.map_err(|error| match error.kind() {
-        ErrorKind::Internal => Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written")
-            .with_source(error),
+        ErrorKind::Internal => {
+            Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written").with_source(error)
+        }
         _ => error,
     })?;
     Ok(agent.write_file(&path, &run.input).await?)

@@ -187,6 +187,17 @@ struct Cpu {
     mode: &'static str,
 }
 
+impl Cpu {
+    fn new(mode: CpuMode, kvm: bool) -> Self {
+        let mode = match (mode, kvm) {
+            (CpuMode::Auto, true) | (CpuMode::HostModel, _) => "host-model",
+            (CpuMode::Auto, false) | (CpuMode::Maximum, _) => "maximum",
+            (CpuMode::HostPassthrough, _) => "host-passthrough",
+        };
+        Self { mode }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Devices {
     disk: Disk,
@@ -359,11 +370,6 @@ impl Domain {
         if !is_carried(&labels) {
             return Err(Error::invalid("labels", "must not contain U+FFFE or U+FFFF"));
         }
-        let cpu = match (plan.cpu, plan.kvm) {
-            (CpuMode::Auto, true) | (CpuMode::HostModel, _) => "host-model",
-            (CpuMode::Auto, false) | (CpuMode::Maximum, _) => "maximum",
-            (CpuMode::HostPassthrough, _) => "host-passthrough",
-        };
         let (nics, buses) = slots(plan.machine, plan.networks.len());
         let mut controllers = vec![Controller { kind: "usb", index: None, model: Some("none") }];
         controllers.extend(buses);
@@ -395,11 +401,12 @@ impl Domain {
             features: Features {
                 acpi: Empty {},
                 apic: Empty {},
-                tcg: plan.tcg_cache_mib.filter(|_| !plan.kvm).map(|mib| Tcg {
-                    cache: Quantity { unit: Some("MiB".to_owned()), value: mib.into() },
-                }),
+                tcg: plan
+                    .tcg_cache_mib
+                    .filter(|_| !plan.kvm)
+                    .map(|mib| Tcg { cache: Quantity { unit: Some("MiB".to_owned()), value: mib.into() } }),
             },
-            cpu: Cpu { mode: cpu },
+            cpu: Cpu::new(plan.cpu, plan.kvm),
             on_poweroff: "destroy",
             on_reboot: "restart",
             on_crash: "destroy",
@@ -436,6 +443,64 @@ impl Domain {
             },
         })
     }
+}
+
+/// The domain that tries whether hardware virtualisation works: the processor that machines would get, and one disk.
+#[derive(Debug, Serialize)]
+#[serde(rename = "domain")]
+struct Probe {
+    #[serde(rename = "@type")]
+    kind: &'static str,
+    name: String,
+    uuid: String,
+    memory: Quantity,
+    vcpu: u32,
+    os: Os,
+    features: Features,
+    cpu: Cpu,
+    on_poweroff: &'static str,
+    on_reboot: &'static str,
+    on_crash: &'static str,
+    devices: ProbeDevices,
+}
+
+#[derive(Debug, Serialize)]
+struct ProbeDevices {
+    disk: Disk,
+    controller: Vec<Controller>,
+    memballoon: Model,
+}
+
+/// The XML of a domain that boots a volume by hardware, and ends when it switches itself off.
+///
+/// # Errors
+/// `Internal` when it cannot be written.
+pub fn probe_xml(id: Uuid, pool: &str, volume: &str, cpu: CpuMode) -> Result<String> {
+    write(&Probe {
+        kind: "kvm",
+        name: super::volume::probe_name(id),
+        uuid: id.to_string(),
+        memory: Quantity::kib(16 << 10),
+        vcpu: 1,
+        os: Os { kind: OsType { arch: "x86_64", machine: Machine::Pc.as_str(), kind: "hvm" }, boot: Dev { dev: "hd" } },
+        features: Features { acpi: Empty {}, apic: Empty {}, tcg: None },
+        cpu: Cpu::new(cpu, true),
+        on_poweroff: "destroy",
+        on_reboot: "destroy",
+        on_crash: "destroy",
+        devices: ProbeDevices {
+            disk: Disk {
+                kind: "volume",
+                device: "disk",
+                driver: Driver { name: "qemu", kind: "raw", discard: "ignore" },
+                source: PoolSource { pool: pool.to_owned(), volume: volume.to_owned() },
+                // What the BIOS of every board can drive.
+                target: Target { dev: Some("hda"), bus: Some("ide"), ..NO_TARGET },
+            },
+            controller: vec![Controller { kind: "usb", index: None, model: Some("none") }],
+            memballoon: Model { model: "none" },
+        },
+    })
 }
 
 /// Where the NICs are, in an order that every guest finds them in, and the buses that this takes.
@@ -737,6 +802,7 @@ mod tests {
         golden("domain-pc-qemu.xml", &plan(&spec, &networks).xml().unwrap());
         let q35 = Plan { machine: Machine::Q35, kvm: true, ..plan(&spec, &networks) };
         golden("domain-q35-kvm.xml", &q35.xml().unwrap());
+        golden("domain-probe.xml", &probe_xml(Uuid::nil(), "default", "ocr-probe-0", CpuMode::Auto).unwrap());
     }
 
     #[test]

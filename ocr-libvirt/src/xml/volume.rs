@@ -24,6 +24,8 @@ pub enum Role {
     },
     /// What we keep about an image, as JSON; the image exists once this is complete.
     ImageRecord,
+    /// The disk of the guest that tries whether hardware virtualisation works.
+    Probe,
     /// Anything else.
     Foreign,
 }
@@ -39,6 +41,9 @@ impl Role {
                 return Self::ImageData { record: format!("{record}{RECORD_SUFFIX}") };
             }
         }
+        if name.starts_with(PROBE_PREFIX) {
+            return Self::Probe;
+        }
         let parts = || {
             let (owner, vm) = name.strip_prefix(DISK_PREFIX)?.strip_suffix(".qcow2")?.split_once('-')?;
             let fine = owner.len() == 8 && owner.bytes().all(|b| b.is_ascii_hexdigit());
@@ -50,6 +55,7 @@ impl Role {
 
 const DISK_PREFIX: &str = "ocr-vm-";
 const IMAGE_PREFIX: &str = "ocr-image-";
+const PROBE_PREFIX: &str = "ocr-probe-";
 const RECORD_SUFFIX: &str = ".json";
 
 /// Eight hex digits for an owner.
@@ -60,6 +66,11 @@ pub fn owner_mark(owner: &Owner) -> String {
 /// The name of a machine's disk. The machine is in it, so that no disk is left that nobody owns.
 pub fn disk_name(owner: &Owner, vm: VmId) -> String {
     format!("{DISK_PREFIX}{}-{vm}.qcow2", owner_mark(owner))
+}
+
+/// The name of a probe's disk, and of its domain.
+pub fn probe_name(id: Uuid) -> String {
+    format!("{PROBE_PREFIX}{id}")
 }
 
 /// The name of the record of an owner's image: the same for every request, so that libvirt refuses the second.
@@ -290,6 +301,7 @@ mod tests {
         let record = image_record_name(&owner, "debian");
         assert_eq!(Role::of(&record), Role::ImageRecord);
         assert_eq!(Role::of(&image_data_name(&record, DiskFormat::Raw)), Role::ImageData { record });
+        assert_eq!(Role::of(&probe_name(Uuid::nil())), Role::Probe);
         for foreign in ["debian.qcow2", "ocr-vm-x.qcow2", "ocr-vm-zzzzzzzz-1.qcow2", "ocr-vm-.qcow2", ""] {
             assert_eq!(Role::of(foreign), Role::Foreign, "{foreign}");
         }

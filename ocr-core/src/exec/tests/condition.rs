@@ -239,6 +239,17 @@ async fn a_stream_ends_with_not_found_when_its_condition_is_removed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_removal_of_a_command_waits_for_nobody() {
+    let rig = Rig::new().await;
+    rig.flag("1");
+    let id = rig.command(FLAG, seconds(10)).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let began = tokio::time::Instant::now();
+    rig.executor.remove(InstallKind::Condition, id).await.unwrap();
+    assert_eq!((began.elapsed(), rig.stored().await), (Duration::ZERO, vec![]));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_condition_that_another_process_removed_ends_when_its_files_are_missed() {
     let mut rig = Rig::new().await;
     rig.shelf.put(condition("check", "/opt/run", seconds(10)).asset("/opt/run", 0o755, "#!/bin/sh\necho 1\n"));
@@ -373,4 +384,49 @@ async fn a_condition_on_no_machine_is_refused() {
     let error = rig.executor.create_condition(command(VmId::random(), "echo 1", seconds(1))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert_eq!(rig.stored().await, []);
+}
+
+/// How many of three conditions are taken away under their streams.
+const REMOVED: usize = 2;
+
+/// Many tasks on several threads watch, drop and remove the same few conditions, in real time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn streams_that_come_and_go_on_many_threads_leave_nothing() {
+    let rig = Arc::new(Rig::new().await);
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(rig.command("echo 1", Duration::from_millis(2)).await);
+    }
+    let tasks: Vec<_> = (0..24_usize)
+        .map(|task| {
+            let (rig, id) = (rig.clone(), ids[task % ids.len()]);
+            tokio::spawn(async move {
+                for round in 0..60 {
+                    let Ok(mut stream) = rig.executor.watch(id).await else { return };
+                    for _ in 0..(task + round) % 3 {
+                        match tokio::time::timeout(seconds(60), stream.next()).await.expect("the stream is silent") {
+                            Some(Ok(seen)) => assert_eq!(seen.value, 1.0),
+                            Some(Err(error)) => assert_eq!(error.kind(), ErrorKind::NotFound),
+                            None => break,
+                        }
+                    }
+                    // One task takes the condition away under the others.
+                    if task < REMOVED && round == 40 {
+                        rig.executor.remove(InstallKind::Condition, id).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    assert_eq!(rig.executor.inner.runners.lock().unwrap().len(), 0);
+    let free = async {
+        while rig.queued() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(seconds(60), free).await.expect("an operation stays in the queue");
+    assert_eq!(rig.executor.list(None).await.unwrap().len(), ids.len() - REMOVED);
 }

@@ -185,6 +185,45 @@ fn a_kill_at_any_call_of_a_removal_is_finished_or_never_began() {
     assert!(tried > 10, "only {tried} kills");
 }
 
+#[test]
+fn a_kill_at_any_call_of_a_recovery_is_made_good_by_the_next() {
+    let mut tried = 0;
+    for after in [false, true] {
+        for nth in 1.. {
+            let what = format!("killed at call {nth}, after its effect: {after}");
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let mut rig = runtime.block_on(Rig::new());
+            rig.shelf.put(shapes()[1].clone());
+            // Leftovers: an install whose action ran, and one on a machine that is gone.
+            for vm in [rig.vm, runtime.block_on(rig.another_vm("gone"))] {
+                rig.faults().inject("guest.exec", 1, Fault::HangAfter);
+                killed_at_call(&rig, u64::MAX, true, async |executor| {
+                    let install = executor.install(request(InstallKind::Feature, vm, "web"));
+                    let _killed = tokio::time::timeout(seconds(1), install).await;
+                });
+                if vm != rig.vm {
+                    rig.cloud.vanish_vm(vm);
+                }
+            }
+            assert_eq!(runtime.block_on(rig.stored()).len(), 4);
+            let killed = killed_at_call(&rig, nth, after, async |executor| {
+                executor.recover().await.unwrap();
+            });
+            if !killed {
+                break;
+            }
+            tried += 1;
+            runtime.block_on(async {
+                rig.restart();
+                assert_eq!(rig.executor.recover().await.unwrap().failed, Vec::<String>::new(), "{what}");
+                assert!(!rig.check(&what).await, "{what}");
+            });
+        }
+    }
+    assert!(tried > 20, "only {tried} kills");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_lives_through_a_fault_at_any_call() {
     use futures::StreamExt;

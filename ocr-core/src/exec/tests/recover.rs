@@ -139,6 +139,8 @@ async fn records_that_cannot_be_read_are_reported_and_left_alone() {
     assert_eq!(report.failed.len(), 2, "{report:?}");
     assert!(report.failed[0].contains("newer version"), "{report:?}");
     assert_eq!(rig.stored().await.len(), 2);
+    let id = rig.command("echo 1", seconds(1)).await;
+    assert_eq!(rig.executor.list(None).await.unwrap()[0].id, id, "they do not hide the others");
 }
 
 #[tokio::test(start_paused = true)]
