@@ -286,8 +286,7 @@ impl Said {
     /// Its stdout as JSON, one value a line, after success.
     #[track_caller]
     pub(crate) fn json_lines(self) -> Vec<serde_json::Value> {
-        let values = self.fine().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        values
+        self.fine().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// Its stdout as one JSON value, after success.

@@ -1,0 +1,13 @@
+//! The servers themselves, as child processes, against one private libvirtd with real guests.
+//!
+//! What cannot run here says `ignored: reason`, where it is seen.
+#![cfg(feature = "libvirt")]
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod flow;
+mod reboot;
+mod rig;
+mod site;
