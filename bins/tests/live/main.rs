@@ -7,7 +7,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod command_line;
 mod flow;
+mod hang;
 mod reboot;
 mod rig;
 mod site;
