@@ -159,11 +159,16 @@ impl Site {
 
     /// A condition that is a shell line, run each second.
     pub(crate) async fn condition(&self, vm: &str, line: &str) -> String {
+        self.condition_every(Duration::from_secs(1), vm, line).await
+    }
+
+    /// A condition that is a shell line.
+    pub(crate) async fn condition_every(&self, interval: Duration, vm: &str, line: &str) -> String {
         let condition = Condition {
             name: "line".to_owned(),
             virtual_machine_id: vm.to_owned(),
             command: line.to_owned(),
-            interval: 1,
+            interval: interval.as_secs() as i32,
             ..Condition::default()
         };
         let made = soon("condition", self.conditions().create(condition)).await.unwrap().into_inner();
