@@ -198,8 +198,8 @@ impl Facts {
             ))
             .into());
         }
-        let uuid = Uuid::try_parse(&found.uuid)
-            .map_err(|error| Error::internal("the pool has no UUID").with_source(error))?;
+        let uuid =
+            Uuid::try_parse(&found.uuid).map_err(|error| Error::internal("the pool has no UUID").with_source(error))?;
         // Both kinds allow about the same; a driver that does not tell gets a usual value.
         let max_cpus = connect.max_vcpus(Some("qemu")).or_else(|_| connect.max_vcpus(None)).unwrap_or(USUAL_MAX_CPUS);
         let max_ram_bytes = connect.node_info()?.memory.saturating_mul(1024);

@@ -30,11 +30,7 @@ impl std::error::Error for Failure {}
 #[cfg(feature = "libvirt")]
 impl From<virt::error::Error> for Failure {
     fn from(error: virt::error::Error) -> Self {
-        Self {
-            code: error.code().to_raw(),
-            domain: error.domain().to_raw(),
-            message: error.message().to_owned(),
-        }
+        Self { code: error.code().to_raw(), domain: error.domain().to_raw(), message: error.message().to_owned() }
     }
 }
 
@@ -173,10 +169,9 @@ impl Failure {
             | code::AUTH_UNAVAILABLE
             | code::OPERATION_DENIED
             | code::ACCESS_DENIED => Meaning::Denied,
-            code::NO_SUPPORT
-            | code::CONFIG_UNSUPPORTED
-            | code::OPERATION_UNSUPPORTED
-            | code::ARGUMENT_UNSUPPORTED => Meaning::Unsupported,
+            code::NO_SUPPORT | code::CONFIG_UNSUPPORTED | code::OPERATION_UNSUPPORTED | code::ARGUMENT_UNSUPPORTED => {
+                Meaning::Unsupported
+            }
             _ => Meaning::Other,
         }
     }
@@ -221,8 +216,9 @@ impl Failure {
     /// The error of an agent command: [`ocr_core::GuestExec`]'s table.
     pub fn into_agent_error(self) -> Error {
         let error = match self.meaning() {
-            Meaning::AgentAbsent => Error::unsupported("the machine has no channel for a guest agent")
-                .with_reason(reason::AGENT_ABSENT),
+            Meaning::AgentAbsent => {
+                Error::unsupported("the machine has no channel for a guest agent").with_reason(reason::AGENT_ABSENT)
+            }
             Meaning::AgentNotConnected => {
                 Error::unavailable("the guest agent is not connected").with_reason(reason::AGENT_NOT_READY)
             }
@@ -232,11 +228,13 @@ impl Failure {
             Meaning::AgentLost => Error::unavailable("the guest agent went away during the command")
                 .with_reason(reason::AGENT_NOT_READY)
                 .with_retry(Retry::Ambiguous),
-            Meaning::Busy => Error::unavailable("another program waits for this guest's agent")
-                .with_reason(reason::AGENT_NOT_READY),
+            Meaning::Busy => {
+                Error::unavailable("another program waits for this guest's agent").with_reason(reason::AGENT_NOT_READY)
+            }
             Meaning::NoDomain => Error::not_found("the machine is gone").with_reason(reason::GUEST_GONE),
-            Meaning::WrongState => Error::new(ErrorKind::Conflict, "the machine is not running")
-                .with_reason(reason::GUEST_NOT_RUNNING),
+            Meaning::WrongState => {
+                Error::new(ErrorKind::Conflict, "the machine is not running").with_reason(reason::GUEST_NOT_RUNNING)
+            }
             Meaning::AgentRefused => return self.into_refusal(),
             _ => return self.into_error(),
         };
@@ -268,8 +266,7 @@ fn refusal(message: &str) -> &str {
 
 /// Whether the agent no longer knows a process: it restarted, or has given the result away.
 pub(crate) fn is_unknown_pid(failure: &Failure) -> bool {
-    failure.meaning() == Meaning::AgentRefused
-        && (failure.message.contains("'pid'") || failure.message.contains("PID"))
+    failure.meaning() == Meaning::AgentRefused && (failure.message.contains("'pid'") || failure.message.contains("PID"))
 }
 
 #[cfg(test)]
@@ -404,14 +401,7 @@ mod tests {
             (39, 7, "Unable to encode message payload", K::Exhausted, R::Never, None),
             (38, 7, "End of file while reading data: Input/output error", K::Unavailable, R::Ambiguous, None),
             (1, 7, "internal error: client socket is closed", K::Unavailable, R::Safe, None),
-            (
-                1,
-                7,
-                "internal error: connection closed due to keepalive timeout",
-                K::Unavailable,
-                R::Ambiguous,
-                None,
-            ),
+            (1, 7, "internal error: connection closed due to keepalive timeout", K::Unavailable, R::Ambiguous, None),
         ];
         for (code, domain, message, kind, retry, reason) in rows {
             let error = failure(*code, *domain, message).into_agent_error();

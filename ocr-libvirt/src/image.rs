@@ -68,12 +68,8 @@ impl ImageBackend for Libvirt {
                 .on(resource));
         };
         let import = Import { spec: spec.clone(), path: path.clone(), this: self.clone() };
-        let call = Call {
-            operation: "image.import_image",
-            lane: Lane::Bulk,
-            effect: Effect::Some,
-            deadline: IMPORT_DEADLINE,
-        };
+        let call =
+            Call { operation: "image.import_image", lane: Lane::Bulk, effect: Effect::Some, deadline: IMPORT_DEADLINE };
         let imported = self.inner.door.call(call, move |connect| import.run(connect)).await;
         imported.map_err(|trouble| trouble.into_error().during("image.import_image").on(resource))
     }
@@ -162,7 +158,8 @@ impl Libvirt {
             for volume in pool.list_all_volumes(0)? {
                 let name = volume.name()?;
                 let Role::ImageData { record } = Role::of(&name) else { continue };
-                if !volume::is_image_of(&record, &owner) || read_record(connect, &pool, &record)?.is_some_and(|r| r.data == name)
+                if !volume::is_image_of(&record, &owner)
+                    || read_record(connect, &pool, &record)?.is_some_and(|r| r.data == name)
                 {
                     continue;
                 }
@@ -470,7 +467,8 @@ impl Import {
             os_family: self.spec.os_family,
             users: self.spec.users.clone(),
         };
-        let json = serde_json::to_vec(&kept).map_err(|e| Error::internal("a record cannot be written").with_source(e))?;
+        let json =
+            serde_json::to_vec(&kept).map_err(|e| Error::internal("a record cannot be written").with_source(e))?;
         let length = json.len() as u64;
         if json.len() > MAX_RECORD_BYTES {
             return Err(Error::invalid("users", "are too many to be kept with the image").into());

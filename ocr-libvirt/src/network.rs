@@ -2,8 +2,8 @@
 
 use async_trait::async_trait;
 use ocr_core::{
-    Access, Deletion, Error, ErrorKind, Name, Network, NetworkBackend, NetworkCapabilities,
-    NetworkFilter, NetworkId, NetworkSpec, Result, VmId,
+    Access, Deletion, Error, ErrorKind, Name, Network, NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId,
+    NetworkSpec, Result, VmId,
 };
 use virt::connect::Connect;
 
@@ -59,12 +59,11 @@ impl NetworkBackend for Libvirt {
 
     async fn delete_network(&self, id: NetworkId) -> Result<Deletion> {
         match self.get_network(id).await {
-            Ok(_) => Err(Error::new(
-                ErrorKind::Denied,
-                "this software did not make the network, so it does not delete it",
-            )
-            .during("network.delete_network")
-            .on(network_resource(id))),
+            Ok(_) => {
+                Err(Error::new(ErrorKind::Denied, "this software did not make the network, so it does not delete it")
+                    .during("network.delete_network")
+                    .on(network_resource(id)))
+            }
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Deletion::AlreadyGone),
             Err(error) => Err(error),
         }

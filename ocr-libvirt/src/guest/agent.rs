@@ -182,7 +182,10 @@ impl Agent<'_> {
         if json.len() > MAX_MESSAGE_BYTES {
             return Err(Error::invalid(
                 "command",
-                format_args!("is {} bytes as a message to the guest agent, at most {MAX_MESSAGE_BYTES} fit", json.len()),
+                format_args!(
+                    "is {} bytes as a message to the guest agent, at most {MAX_MESSAGE_BYTES} fit",
+                    json.len()
+                ),
             )
             .into());
         }
@@ -207,7 +210,8 @@ impl Agent<'_> {
             Ok(reply) => reply,
             Err(trouble) => {
                 let refused = self.refused(trouble);
-                let is_silent = refused.failure.as_ref().is_none_or(|failure| failure.meaning() == Meaning::AgentSilent);
+                let is_silent =
+                    refused.failure.as_ref().is_none_or(|failure| failure.meaning() == Meaning::AgentSilent);
                 machine.set_suspect(is_silent && refused.error.reason() == Some(reason::AGENT_NOT_READY));
                 return Err(refused);
             }

@@ -3,10 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use ocr_core::{
-    Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry,
-    error::{reason, seconds},
-};
+use ocr_core::{Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry, error::seconds};
 use tokio::time::Instant;
 
 use super::{
@@ -50,8 +47,15 @@ impl Agent<'_> {
             match self.send(&ExecStatus { pid }).await {
                 Ok(status) if status.exited => return Ok(Ended::Reported(status)),
                 Ok(_) => {}
-                Err(refused) if is_lost(&refused) || refused.failure.as_ref().is_some_and(is_unknown_pid) => {
+                // The command runs, whatever its agent does now.
+                Err(refused)
+                    if refused.error.retry() != Retry::Never
+                        || refused.failure.as_ref().is_some_and(is_unknown_pid) =>
+                {
                     return Ok(Ended::Unknown(refused.error));
+                }
+                Err(Refused { error, failure }) if error.kind() == ErrorKind::Conflict => {
+                    return Err(Refused { error: error.with_retry(Retry::Ambiguous), failure });
                 }
                 Err(refused) => return Err(refused),
             }
@@ -104,7 +108,8 @@ fn explain(refused: Refused) -> Refused {
         failure.meaning() == Meaning::AgentRefused && failure.message.contains("Failed to execute child process")
     });
     if is_missing {
-        let error = Error::unsupported("the guest has no setsid and sh: only guests with a POSIX shell can be acted in");
+        let error =
+            Error::unsupported("the guest has no setsid and sh: only guests with a POSIX shell can be acted in");
         return Refused { error: error.with_source(refused.error), failure: refused.failure };
     }
     refused
@@ -128,9 +133,9 @@ pub(crate) async fn exec(agent: Agent<'_>, request: &ExecRequest, max_output_byt
         let tried = attempt(agent, request, &run, is_staged, limit_bytes, end).await;
         let error = match tried {
             Ok(Attempt::Answered(output)) => return Ok(output),
+            Ok(Attempt::Refused(error)) => return Err(error),
             Ok(Attempt::Lost(error)) => error,
             // From its first attempt on the command may be running: whatever the agent does now, it is looked for.
-            Err(error) if is_begun && error.reason() == Some(reason::AGENT_NOT_READY) => error,
             Err(error) if is_begun && error.retry() != Retry::Never => error,
             Err(error) => return Err(error),
         };
@@ -152,7 +157,34 @@ pub(crate) async fn exec(agent: Agent<'_>, request: &ExecRequest, max_output_byt
 
 enum Attempt {
     Answered(ExecOutput),
+    /// The runner says that there is no result.
+    Refused(Error),
+    /// The runner could not be asked, and may be later.
     Lost(Error),
+}
+
+fn verdict_error(verdict: &Verdict, request: &ExecRequest) -> Error {
+    match verdict {
+        Verdict::Exit(code) => Error::internal(format!("the command ended with {code}")),
+        Verdict::Late => Error::timed_out(format!(
+            "the command ran longer than its deadline of {} and was ended",
+            seconds(request.deadline)
+        ))
+        .with_retry(Retry::Never),
+        Verdict::NoUser => Error::invalid(
+            "username",
+            format_args!("the guest has no account {}", ocr_core::id::shown(request.user.as_deref().unwrap_or(""))),
+        ),
+        Verdict::Garbled => Error::unavailable("the command did not reach the guest whole; nothing ran"),
+        Verdict::Full => Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written; nothing ran"),
+        Verdict::Rebooted => Error::unavailable("the guest rebooted while the command ran; it is not run again")
+            .with_retry(Retry::Ambiguous),
+        Verdict::Lost => {
+            Error::unavailable("the command was ended from outside, without a result; it is not run again")
+                .with_retry(Retry::Ambiguous)
+        }
+        Verdict::Forgotten => Error::new(ErrorKind::Conflict, "the command ran, and its output is no longer kept"),
+    }
 }
 
 /// Runs the command, or finds the run that is under way, or its result: the runner knows.
@@ -183,34 +215,7 @@ async fn attempt(
     };
     let exit_code = match answer.verdict {
         Verdict::Exit(code) => code,
-        Verdict::Late => {
-            return Err(Error::timed_out(format!(
-                "the command ran longer than its deadline of {} and was ended",
-                seconds(request.deadline)
-            ))
-            .with_retry(Retry::Never));
-        }
-        Verdict::NoUser => {
-            return Err(Error::invalid(
-                "username",
-                format_args!("the guest has no account {}", ocr_core::id::shown(request.user.as_deref().unwrap_or(""))),
-            ));
-        }
-        Verdict::Garbled => return Err(Error::unavailable("the command did not reach the guest whole; nothing ran")),
-        Verdict::Full => {
-            return Err(Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written; nothing ran"));
-        }
-        Verdict::Rebooted => {
-            return Err(Error::unavailable("the guest rebooted while the command ran; it is not run again")
-                .with_retry(Retry::Ambiguous));
-        }
-        Verdict::Lost => {
-            return Err(Error::unavailable("the command was ended from outside, without a result; it is not run again")
-                .with_retry(Retry::Ambiguous));
-        }
-        Verdict::Forgotten => {
-            return Err(Error::new(ErrorKind::Conflict, "the command ran, and its output is no longer kept"));
-        }
+        verdict => return Ok(Attempt::Refused(verdict_error(&verdict, request))),
     };
     let [out_cut, err_cut] = answer.cut;
     let stdout = whole(agent, run, "out", out_cut, answer.stdout.to_vec(), limit_bytes).await;
@@ -253,8 +258,9 @@ async fn stage(agent: Agent<'_>, run: &Run) -> Result<()> {
     let folder = run.arguments.first().cloned().unwrap_or_default();
     let reply = agent.script(MAKE, &[folder, path.clone()], Vec::new()).await;
     reply.map_err(|error| match error.kind() {
-        ErrorKind::Internal => Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written")
-            .with_source(error),
+        ErrorKind::Internal => {
+            Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written").with_source(error)
+        }
         _ => error,
     })?;
     Ok(agent.write_file(&path, &run.input).await?)

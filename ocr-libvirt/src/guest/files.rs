@@ -3,7 +3,9 @@
 use std::sync::OnceLock;
 
 use bytes::Bytes;
-use ocr_core::{Deletion, Error, ErrorKind, PutFile, Result, Retry, guest::check_guest_path, guest::check_user_name, id::shown};
+use ocr_core::{
+    Deletion, Error, ErrorKind, PutFile, Result, Retry, guest::check_guest_path, guest::check_user_name, id::shown,
+};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
@@ -102,8 +104,9 @@ impl<'a> Put<'a> {
                 let owner = self.file.owner.as_deref().unwrap_or_default();
                 Error::invalid("owner", format_args!("the guest has no account {}", shown(owner)))
             }
-            "digest" => Error::unavailable(format!("{path} did not arrive whole; nothing was changed"))
-                .with_retry(Retry::Safe),
+            "digest" => {
+                Error::unavailable(format!("{path} did not arrive whole; nothing was changed")).with_retry(Retry::Safe)
+            }
             _ if complaint.contains("No space left") => {
                 Error::new(ErrorKind::Exhausted, format!("the guest's disk is full; {path} is as it was"))
             }

@@ -16,8 +16,8 @@ mod backend {
     use async_trait::async_trait;
     use bytes::Bytes;
     use ocr_core::{
-        Deletion, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, PutFile, Result,
-        VmId,
+        Deletion, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, PutFile,
+        Result, VmId,
     };
 
     use super::agent::{Agent, Info, OsInfo, OsInfoReply};

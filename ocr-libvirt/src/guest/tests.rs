@@ -237,7 +237,8 @@ fn the_deadline_ends_the_command_with_its_children() {
 fn output_is_bounded_on_the_disk_and_keeps_its_beginning() {
     for shell in shells() {
         let (_temp, folder) = folder();
-        let mut request = ExecRequest::shell("printf begin; while :; do echo 0123456789012345678901234567890123456789; done");
+        let mut request =
+            ExecRequest::shell("printf begin; while :; do echo 0123456789012345678901234567890123456789; done");
         request.deadline = Duration::from_millis(2500);
         request.output_limit_bytes = 10_000;
         let output = shell.exec(&folder, &request);

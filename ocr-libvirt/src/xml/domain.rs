@@ -401,9 +401,10 @@ impl Domain {
             features: Features {
                 acpi: Empty {},
                 apic: Empty {},
-                tcg: plan.tcg_cache_mib.filter(|_| !plan.kvm).map(|mib| Tcg {
-                    cache: Quantity { unit: Some("MiB".to_owned()), value: mib.into() },
-                }),
+                tcg: plan
+                    .tcg_cache_mib
+                    .filter(|_| !plan.kvm)
+                    .map(|mib| Tcg { cache: Quantity { unit: Some("MiB".to_owned()), value: mib.into() } }),
             },
             cpu: Cpu::new(plan.cpu, plan.kvm),
             on_poweroff: "destroy",

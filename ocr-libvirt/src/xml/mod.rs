@@ -63,8 +63,7 @@ pub(crate) fn write<T: Serialize>(value: &T) -> Result<String> {
 
 /// Reads a struct out of libvirt's XML.
 pub(crate) fn read<T: DeserializeOwned>(xml: &str) -> Result<T> {
-    quick_xml::de::from_str(xml)
-        .map_err(|error| Error::internal("libvirt's XML could not be read").with_source(error))
+    quick_xml::de::from_str(xml).map_err(|error| Error::internal("libvirt's XML could not be read").with_source(error))
 }
 
 /// Whether XML 1.0 can carry every character of a text unchanged.

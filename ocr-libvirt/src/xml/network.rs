@@ -132,14 +132,19 @@ mod tests {
     fn shapes_are_recognised() {
         assert_eq!(kind("<bridge name='virbr1' stp='on' delay='0'/>"), Some(NetworkKind::Isolated));
         assert_eq!(
-            kind("<forward mode='bridge'/><bridge name='br0'/><virtualport type='openvswitch'/><vlan><tag id='10'/></vlan>"),
+            kind(
+                "<forward mode='bridge'/><bridge name='br0'/><virtualport type='openvswitch'/><vlan><tag id='10'/></vlan>"
+            ),
             Some(NetworkKind::Vlan { bridge: "br0".into(), vlan: 10 })
         );
         assert_eq!(
             kind("<forward mode='nat'/><ip address='192.168.122.1' netmask='255.255.255.0'><dhcp/></ip>"),
             Some(NetworkKind::Routed { cidr: ([192, 168, 122, 0].into(), 24), gateway: [192, 168, 122, 1].into() })
         );
-        assert_eq!(kind("<forward mode='bridge'/><bridge name='br0'/><vlan trunk='yes'><tag id='1'/><tag id='2'/></vlan>"), None);
+        assert_eq!(
+            kind("<forward mode='bridge'/><bridge name='br0'/><vlan trunk='yes'><tag id='1'/><tag id='2'/></vlan>"),
+            None
+        );
         assert_eq!(kind("<forward mode='hostdev'/>"), None);
         assert_eq!(kind("<forward mode='nat'/><ip family='ipv6' address='fd00::1' prefix='200'/>"), None);
     }

@@ -13,8 +13,8 @@ use std::{
 };
 
 use ocr_core::{
-    ComputeBackend, GuestExecExt, ImageBackendExt, ImageId, Name, NetworkBackendExt, NetworkId, Owner, RequestId, Scope,
-    Tags, Vm, VmSpec,
+    ComputeBackend, GuestExecExt, ImageBackendExt, ImageId, Name, NetworkBackendExt, NetworkId, Owner, RequestId,
+    Scope, Tags, Vm, VmSpec,
 };
 use ocr_libvirt::{Config, Libvirt, config::DomainType};
 
