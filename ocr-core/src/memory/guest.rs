@@ -9,6 +9,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::{sync::watch, task::AbortHandle};
+use uuid::Uuid;
 
 use super::{
     Inner, MemoryCloud,
@@ -154,6 +155,12 @@ impl Process {
 
     pub(super) fn machine_name(&self) -> String {
         self.machine(|machine| machine.vm.name.to_string()).unwrap_or_default()
+    }
+
+    /// Another one after each boot.
+    pub(super) fn boot_id(&self) -> Uuid {
+        let boots = self.machine(|machine| machine.boots).unwrap_or_default();
+        Uuid::new_v5(self.vm.as_uuid(), format!("boot {boots}").as_bytes())
     }
 
     pub(super) fn user_number(&self, user: &str) -> Option<usize> {

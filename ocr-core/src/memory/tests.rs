@@ -342,3 +342,13 @@ async fn environment_and_argv_are_taken_as_they_are() {
     request = ExecRequest::new(Command::Argv(vec!["echo".into(), "$X; *".into(), "".into(), "z".into()]));
     assert_eq!(cloud.exec(vm, &request).await.unwrap().stdout, "$X; *  z\n");
 }
+
+#[tokio::test]
+async fn each_boot_has_an_id_of_its_own() {
+    let (cloud, vm) = guest().await;
+    let boot_id = async || cloud.shell(vm, "cat /proc/sys/kernel/random/boot_id").await.unwrap().stdout;
+    let before = boot_id().await;
+    assert_eq!((before.len(), boot_id().await), (37, before.clone()));
+    assert!(cloud.reboot_guest(vm));
+    assert_ne!(boot_id().await, before);
+}
