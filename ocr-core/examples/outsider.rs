@@ -42,7 +42,6 @@ impl FileStore {
 fn ensure(holds: bool, field: &str, wanted: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(Error::invalid(field, wanted)) }
 }
-
 fn check(there: Option<&Row>, only: Precondition) -> Result<()> {
     let conflict = Error::new(ErrorKind::Conflict, "another version is there").with_reason(reason::VERSION_MISMATCH);
     match (only, there) {
@@ -51,7 +50,6 @@ fn check(there: Option<&Row>, only: Precondition) -> Result<()> {
         _ => Ok(()),
     }
 }
-
 fn seen((value, version, _): &Row) -> Versioned {
     Versioned { value: value.chars().map(|c| c as u8).collect(), version: Version(*version) }
 }
@@ -88,7 +86,9 @@ impl StateStore for FileStore {
     }
 }
 
-fn main() {} // The proof is the test below.
+fn main() -> Result<()> {
+    FileStore::open("outsider.json".into()).map(drop)
+}
 #[cfg(all(test, feature = "conformance"))]
 #[tokio::test]
 async fn it_conforms() {
