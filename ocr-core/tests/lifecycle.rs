@@ -1,6 +1,6 @@
 //! Deploying: what holds whatever fails, whoever goes away, and whenever the process is killed.
 
-#![expect(clippy::unwrap_used, clippy::type_complexity, reason = "a test")]
+#![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
