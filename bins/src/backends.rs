@@ -105,7 +105,10 @@ impl Backends {
     /// Those of the backend.
     pub async fn sweep_disks(&self, owner: &Owner) -> Result<Vec<String>> {
         match &self.disks {
-            Disks::None => Ok(Vec::new()),
+            Disks::None => {
+                tracing::debug!(%owner, "a backend without disks of its own");
+                Ok(Vec::new())
+            }
             #[cfg(feature = "libvirt")]
             Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
         }
