@@ -49,6 +49,7 @@ impl Backends {
                     password: None,
                     domain_type: args.domain_type.clone(),
                     pool: args.pool.clone(),
+                    insecure: false,
                 })
                 .await
             }
@@ -67,7 +68,7 @@ impl Backends {
     #[cfg(feature = "libvirt")]
     pub async fn libvirt(settings: &LibvirtSettings) -> Result<Self> {
         let config = ocr_libvirt::Config {
-            uri: settings.uri.clone(),
+            uri: settings.address(),
             pool: settings.pool.clone(),
             domain_type: domain_type(&settings.domain_type)?,
             user: settings.user.clone(),
@@ -102,6 +103,7 @@ impl Backends {
     ///
     /// # Errors
     /// Those of the backend.
+    #[cfg_attr(not(feature = "libvirt"), expect(unused_variables, reason = "no other backend has disks"))]
     pub async fn sweep_disks(&self, owner: &Owner) -> Result<Vec<String>> {
         match &self.disks {
             Disks::None => Ok(Vec::new()),

@@ -12,7 +12,7 @@ use super::{
     args::{BackendKind, ConformArgs},
     output::{Failure, Output},
 };
-use crate::backends::Backends;
+use crate::{backends::Backends, service::open_store, settings::Store};
 
 /// Runs the cases; the exit code is 1 when one failed.
 pub(crate) async fn run(args: &ConformArgs, output: &Output) -> Result<ExitCode, Failure> {
@@ -44,7 +44,13 @@ async fn subject(backends: &Backends, args: &ConformArgs) -> Result<Subject, Fai
         (_, named) => named,
     };
     let networks = backends.network.list_networks(&NetworkFilter::default()).await?;
+    let state = match (&args.state, args.backend.backend) {
+        (Some(path), _) => Some(open_store(&Store::Embedded(path.clone()))?),
+        (None, BackendKind::Memory) => Some(open_store(&Store::Memory)?),
+        (None, BackendKind::Libvirt) => None,
+    };
     Ok(Subject {
+        state,
         compute: Some(backends.compute.clone()),
         network: Some(backends.network.clone()),
         image: Some(backends.image.clone()),
