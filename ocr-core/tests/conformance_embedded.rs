@@ -1,7 +1,6 @@
 //! The conformance suite over the embedded store.
 
 #![cfg(all(feature = "conformance", feature = "embedded"))]
-#![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Arc;
 
