@@ -4,7 +4,7 @@
 //! look at [`Error::retry`]; people read the text; the log follows [`std::error::Error::source`].
 //! A cause is either in the message or in the source, never in both.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, sync::Arc};
 
 /// What every fallible call of this library returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -129,8 +129,12 @@ pub mod reason {
 /// assert_eq!(error.to_string(), "image.get (image 6f1c): no image has this id");
 /// assert_eq!(error.retry(), Retry::Never);
 /// ```
+///
+/// Clones share their cause, so that one outcome can be told to many waiters.
+#[derive(Clone)]
 pub struct Error(Box<Inner>);
 
+#[derive(Clone)]
 struct Inner {
     kind: ErrorKind,
     retry: Retry,
@@ -138,7 +142,7 @@ struct Inner {
     operation: Option<&'static str>,
     resource: Option<String>,
     message: String,
-    source: Option<Box<dyn StdError + Send + Sync>>,
+    source: Option<Arc<dyn StdError + Send + Sync>>,
 }
 
 impl Error {
@@ -209,9 +213,15 @@ impl Error {
         self
     }
 
+    /// Adds to the text for people, in brackets: what a layer did about the error.
+    pub fn with_note(mut self, note: impl fmt::Display) -> Self {
+        self.0.message = format!("{} ({note})", self.0.message);
+        self
+    }
+
     /// Keeps the cause for the log. It never crosses the wire.
     pub fn with_source(mut self, source: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        self.0.source = Some(source.into());
+        self.0.source = Some(Arc::from(source.into()));
         self
     }
 

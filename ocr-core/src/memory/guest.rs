@@ -9,6 +9,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::{sync::watch, task::AbortHandle};
+use uuid::Uuid;
 
 use super::{
     Inner, MemoryCloud,
@@ -77,7 +78,8 @@ enum Outcome {
 
 impl Operations {
     fn end(&mut self, id: OperationId, outcome: Outcome) {
-        let Some(operation) = self.by_id.get_mut(&id) else { return };
+        let running = |operation: &&mut Operation| operation.outcome.borrow().is_none();
+        let Some(operation) = self.by_id.get_mut(&id).filter(running) else { return };
         operation.task = None;
         self.bytes += size(Some(&outcome));
         operation.outcome.send_replace(Some(outcome));
@@ -113,6 +115,19 @@ fn size(outcome: Option<&Outcome>) -> usize {
     }
 }
 
+/// Enters a command's end in the results, whatever ends it: callers wait for that entry.
+struct End {
+    process: Process,
+    operation: OperationId,
+    outcome: Outcome,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.process.machine(|machine| machine.operations.end(self.operation, self.outcome.clone()));
+    }
+}
+
 /// What a command in a guest holds of its machine. It keeps neither the cloud nor the machine alive.
 #[derive(Clone, Debug)]
 pub(super) struct Process {
@@ -140,6 +155,12 @@ impl Process {
 
     pub(super) fn machine_name(&self) -> String {
         self.machine(|machine| machine.vm.name.to_string()).unwrap_or_default()
+    }
+
+    /// Another one after each boot.
+    pub(super) fn boot_id(&self) -> Uuid {
+        let boots = self.machine(|machine| machine.boots).unwrap_or_default();
+        Uuid::new_v5(self.vm.as_uuid(), format!("boot {boots}").as_bytes())
     }
 
     pub(super) fn user_number(&self, user: &str) -> Option<usize> {
@@ -300,6 +321,8 @@ impl Inner {
         let output = Arc::new(Output::new(usize::try_from(limit_bytes).unwrap_or(usize::MAX), progress));
         let shell = Shell::new(process.clone(), output.clone(), user, &request.environment, request.stdin.clone());
         let (operation, command, deadline) = (request.operation, request.command.clone(), request.deadline);
+        let lost = Outcome::Lost("the command was ended from outside");
+        let mut end = End { process: process.clone(), operation, outcome: lost };
         async move {
             let run = async {
                 match &command {
@@ -307,14 +330,14 @@ impl Inner {
                     Command::Argv(argv) => shell.argv(argv).await,
                 }
             };
-            let outcome = match tokio::time::timeout(deadline, Box::pin(run)).await {
+            end.outcome = match tokio::time::timeout(deadline, Box::pin(run)).await {
                 Err(_) => Outcome::TimedOut(deadline),
                 Ok(exit_code) => {
                     let [(stdout, stdout_truncated), (stderr, stderr_truncated)] = output.take();
                     Outcome::Ended(ExecOutput { exit_code, stdout, stderr, stdout_truncated, stderr_truncated })
                 }
             };
-            process.machine(|machine| machine.operations.end(operation, outcome));
+            drop(end);
             let power = *process.power.lock().unwrap_or_else(PoisonError::into_inner);
             if let (Some(power), Some(cloud)) = (power, process.cloud.upgrade()) {
                 cloud.power_guest(&mut cloud.world(), vm, power);

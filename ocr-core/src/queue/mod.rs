@@ -1,2 +1,11 @@
-//! The queue: fair policy, and the scheduler that runs it.
+//! The queue: one operation at a time on one machine, so many at once over all, fair to all.
+//!
+//! [`fair`] decides who runs next and is pure; [`scheduler`] runs it on tokio.
+
+pub mod fair;
+mod lateness;
 pub mod scheduler;
+
+pub use scheduler::{
+    LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig, Tick, VmQueue,
+};

@@ -1,4 +1,944 @@
-//! placeholder
-/// placeholder
+//! Runs operations on tokio, in the order that [`fair`](super::fair) gives.
+//!
+//! There is no dispatcher: as many workers as there are slots each take the lock, give back the machine they had, take
+//! the next operation and run it in place. A worker that finds nothing parks, and whoever brings work wakes one; that
+//! one wakes the next while there is more. One more task sleeps until the next tick is due, and only while a worker is
+//! parked: busy workers look at the time themselves.
+//!
+//! The lock is never held while an operation is polled or dropped, so an operation may use the scheduler that runs it.
+//! (But one that keeps a [`Scheduler`] or [`Periodic`] of its own scheduler for ever keeps that alive for ever.)
+
+use std::{
+    any::Any,
+    fmt,
+    future::{Future, poll_fn},
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::{Pin, pin},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, Semaphore, oneshot},
+    task::AbortHandle,
+    time::{Instant, Sleep, sleep, sleep_until, timeout},
+};
+use tokio_util::task::TaskTracker;
+
+use super::{
+    fair::{Cancelled, Counters, FairQueue, Finished, Full, Limits, OpId, Start},
+    lateness::Lateness,
+};
+use crate::{Error, ErrorKind, Result, Retry, VmId, error::reason};
+
+#[cfg(test)]
+mod tests;
+
+/// The most that [`SchedulerConfig::max_connections`] can be. Each is a task, of about a kilobyte.
+pub const MAX_CONNECTIONS: usize = 65_536;
+/// The shortest interval of a periodic operation: that of tokio's timer.
+pub const MIN_INTERVAL: Duration = Duration::from_millis(1);
+/// The longest interval of a periodic operation, and the longest limit of any: a year.
+pub const MAX_INTERVAL: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// How long an aborted worker may take to let go. Only one that blocks its thread needs any time at all.
+const ABORT_WAIT: Duration = Duration::from_secs(1);
+/// Where there is no alarm.
+const NEVER_US: u64 = u64::MAX;
+
+/// A scheduler's settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SchedulerConfig {
+    /// How many operations run at once, on all machines together: 1 to [`MAX_CONNECTIONS`], taken to the nearest.
+    pub max_connections: usize,
+    /// How many operations one machine may have besides the one that runs: one-shots that wait, and periodic ones.
+    pub max_queued_per_vm: usize,
+    /// How many operations there may be in all.
+    pub max_queued: usize,
+}
+
+impl Default for SchedulerConfig {
+    fn default() -> Self {
+        Self { max_connections: 50, max_queued_per_vm: 1000, max_queued: 1_000_000 }
+    }
+}
+
+/// Runs operations on machines: one at a time on each, [`SchedulerConfig::max_connections`] at once over all, in the
+/// order that [`fair`](super::fair) promises. Cloning is cheap; all clones are one scheduler.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use futures::FutureExt;
+/// use ocr_core::{VmId, queue::{Scheduler, SchedulerConfig}};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> ocr_core::Result<()> {
+/// let scheduler = Scheduler::start(SchedulerConfig { max_connections: 10, ..SchedulerConfig::default() });
+/// let (vm, limit) = (VmId::random(), Duration::from_secs(5));
+///
+/// let condition = scheduler.every(vm, "disk usage", Duration::from_secs(30), limit, |tick| {
+///     async move {
+///         println!("run {}, {:?} late", tick.run, tick.lateness);
+///         Ok(())
+///     }
+///     .boxed()
+/// })?;
+/// let answer = scheduler.run_once(vm, "install", limit, async { Ok(42) }).await?;
+/// assert_eq!(answer, 42);
+///
+/// drop(condition); // no more runs
+/// scheduler.shutdown(Duration::from_secs(10)).await;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Scheduler {
+    owner: Arc<Owner>,
+}
+
+/// An operation that runs again and again until this is dropped. A run that has begun is let finish.
+#[must_use = "dropping it ends the periodic operation"]
+pub struct Periodic {
+    owner: Arc<Owner>,
+    op: OpId,
+}
+
+/// One run of a periodic operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tick {
+    /// How much later than planned it begins. For the first run: since [`Scheduler::every`].
+    pub lateness: Duration,
+    /// How many runs came before this one.
+    pub run: u64,
+    /// How many ticks were skipped between the run before and this one.
+    pub skipped: u64,
+}
+
+/// What a scheduler holds at one instant.
 #[derive(Clone, Debug)]
-pub struct Scheduler;
+pub struct QueueSnapshot {
+    /// How many operations are ready and wait for a slot or for their machine.
+    pub depth: usize,
+    /// The slots.
+    pub max_connections: usize,
+    /// What the queue did so far.
+    pub counters: Counters,
+    /// Lateness of the latest few thousand runs of periodic operations, median and 99th percentile.
+    pub lateness: Option<LatenessQuantiles>,
+    /// What runs, the longest running first.
+    pub running: Vec<RunningOp>,
+    /// Machines with operations, or on probation, by id.
+    pub vms: Vec<VmQueue>,
+    /// Periodic operations, by machine.
+    pub periodics: Vec<PeriodicStatus>,
+}
+
+/// An operation that runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunningOp {
+    /// On which machine.
+    pub vm: VmId,
+    /// What it is, in the caller's words.
+    pub what: String,
+    /// For how long it has run.
+    pub running_for: Duration,
+}
+
+/// One machine's part of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmQueue {
+    /// The machine.
+    pub vm: VmId,
+    /// Its operations that are ready and wait.
+    pub queued: usize,
+    /// Its operations in all, those that run or wait for their tick too.
+    pub operations: usize,
+    /// Whether one of them runs.
+    pub busy: bool,
+    /// Whether its last operation hung.
+    pub on_probation: bool,
+}
+
+/// How a periodic operation fares.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PeriodicStatus {
+    /// Its machine.
+    pub vm: VmId,
+    /// What it is, in the caller's words.
+    pub what: String,
+    /// The interval asked for.
+    pub interval_wanted: Duration,
+    /// The interval from start to start, averaged over the last eight or so; none before the third run.
+    pub interval_got: Option<Duration>,
+    /// How many runs have begun.
+    pub runs: u64,
+    /// How many ticks were skipped.
+    pub skipped: u64,
+    /// How much later than planned its runs began; none before the second run.
+    pub lateness: Option<LatenessQuantiles>,
+}
+
+/// Quantiles of lateness, right to a factor of two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LatenessQuantiles {
+    /// The median.
+    pub p50: Duration,
+    /// The 99th percentile.
+    pub p99: Duration,
+}
+
+impl Scheduler {
+    /// Starts a scheduler; its workers are tasks on the current tokio runtime, whose timers must be enabled. They end
+    /// with [`Scheduler::shutdown`], or when the last clone and the last [`Periodic`] are dropped.
+    ///
+    /// Outside of a runtime there is nothing to start on: every operation then fails with `Unavailable`.
+    pub fn start(config: SchedulerConfig) -> Self {
+        let slots = config.max_connections.clamp(1, MAX_CONNECTIONS);
+        let limits = Limits { max_running: slots, max_per_vm: config.max_queued_per_vm, max_total: config.max_queued };
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                queue: FairQueue::new(limits),
+                tasks: Vec::new(),
+                seats: vec![None; slots],
+                parked: 0,
+                alarm_us: NEVER_US,
+                closed: false,
+                lateness: Lateness::default(),
+                workers: Vec::new(),
+            }),
+            config,
+            slots,
+            wakeups: Semaphore::new(0),
+            alarm: Notify::new(),
+            tracker: TaskTracker::new(),
+            epoch: Instant::now(),
+        });
+        match Handle::try_current() {
+            Ok(runtime) => {
+                let mut workers = Vec::with_capacity(slots + 1);
+                for seat in 0..slots {
+                    let worker = Worker { shared: Arc::clone(&shared), seat, ended: false };
+                    workers.push(shared.tracker.spawn_on(worker.work(), &runtime).abort_handle());
+                }
+                let time = keep_time(Arc::clone(&shared));
+                workers.push(shared.tracker.spawn_on(time, &runtime).abort_handle());
+                shared.lock().workers = workers;
+            }
+            Err(error) => {
+                tracing::error!(%error, "the queue cannot start: it wants a tokio runtime");
+                shared.close();
+            }
+        }
+        Self { owner: Arc::new(Owner { shared }) }
+    }
+
+    /// Runs an operation once, alone on its machine, when its turn comes. It is queued when the future is first polled.
+    ///
+    /// Dropping the future while the operation is queued takes it out at once. When it runs already it runs to its end,
+    /// since effects in a guest must not be torn, and its result is discarded.
+    ///
+    /// `limit` is a hard deadline of the run itself: past it the operation is dropped. One that fails with `TimedOut`,
+    /// by this or by itself, puts its machine on probation.
+    ///
+    /// # Errors
+    /// - The operation's own.
+    /// - `Exhausted` with reason `QUEUE_FULL`: the machine has too many operations, or the queue.
+    /// - `TimedOut`: `limit` passed; the operation may have had effects.
+    /// - `Unavailable`: the scheduler shuts down. Retry is `Safe` when the operation had not begun, else `Ambiguous`.
+    /// - `Internal`: the operation panicked.
+    pub fn run_once<T: Send + 'static>(
+        &self,
+        vm: VmId,
+        what: impl Into<String>,
+        limit: Duration,
+        op: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> impl Future<Output = Result<T>> + Send {
+        let shared = &*self.owner.shared;
+        let (reply, answer) = oneshot::channel();
+        let job = Job::Once(Box::new(Once { op: Some(Box::pin(op)), result: None, reply }));
+        let what = what.into().into_boxed_str();
+        async move {
+            let op = shared.submit(vm, None, |op| Task { op, what, limit, job: Some(job), fare: None })?;
+            let mut place = Place { shared, op: Some(op) };
+            let result = answer.await;
+            place.op = None;
+            // Nobody answers when the worker was aborted, or its runtime is gone.
+            result.unwrap_or_else(|_| Err(shutting_down(vm).with_retry(Retry::Ambiguous)))
+        }
+    }
+
+    /// Runs an operation every `interval`, on a fixed grid, until the [`Periodic`] is dropped.
+    ///
+    /// The first run is as soon as the queue allows. The second is planned up to one interval after the first has ended,
+    /// and all others from there, an interval apart; what was started together is so spread over the interval. Ticks
+    /// that pass while the operation waits or runs are skipped; [`Tick::skipped`] counts them.
+    ///
+    /// `limit` is a hard deadline of one run: past it the run is dropped. That, and a run that fails with `TimedOut`,
+    /// puts the machine on probation; other errors do not matter to the queue. A run that panics is logged, and the
+    /// next one comes all the same.
+    ///
+    /// # Errors
+    /// - `Invalid`: the interval is under [`MIN_INTERVAL`] or over [`MAX_INTERVAL`].
+    /// - `Exhausted` with reason `QUEUE_FULL`: the machine has too many operations, or the queue.
+    /// - `Unavailable`: the scheduler shuts down.
+    pub fn every(
+        &self,
+        vm: VmId,
+        what: impl Into<String>,
+        interval: Duration,
+        limit: Duration,
+        op: impl FnMut(Tick) -> BoxFuture<'static, Result<()>> + Send + 'static,
+    ) -> Result<Periodic> {
+        if !(MIN_INTERVAL..=MAX_INTERVAL).contains(&interval) {
+            return Err(Error::invalid(
+                "interval",
+                format_args!("wants a time between {MIN_INTERVAL:?} and 365 days, got {interval:?}"),
+            ));
+        }
+        let what = what.into().into_boxed_str();
+        let job = Some(Job::Every { make: Box::new(op), run: None });
+        let fare = Some(Box::new(Fare {
+            interval,
+            last_us: 0,
+            gap_us: 0,
+            runs: 0,
+            skipped: 0,
+            lateness: Lateness::default(),
+        }));
+        let task = |op| Task { op, what, limit, job, fare };
+        let op = self.owner.shared.submit(vm, Some(interval), task)?;
+        Ok(Periodic { owner: Arc::clone(&self.owner), op })
+    }
+
+    /// What the scheduler holds now. It costs time in proportion to that, and holds up the queue meanwhile: microseconds
+    /// for hundreds of operations, milliseconds for tens of thousands.
+    pub fn snapshot(&self) -> QueueSnapshot {
+        let shared = &self.owner.shared;
+        let now_us = shared.now_us();
+        let mut snapshot = {
+            let state = shared.lock();
+            let running = state.seats.iter().flatten().filter_map(|seat| {
+                let running_for = Duration::from_micros(now_us.saturating_sub(seat.since_us));
+                let what = state.tasks.get(seat.op.index())?.as_ref()?.what.to_string();
+                Some(RunningOp { vm: seat.vm, what, running_for })
+            });
+            let periodics = state.tasks.iter().flatten().filter_map(|task| state.status(task));
+            let vms = state.queue.vms().filter(|load| load.operations > 0 || load.on_probation).map(|load| VmQueue {
+                vm: load.vm,
+                queued: load.ready,
+                operations: load.operations,
+                busy: load.busy,
+                on_probation: load.on_probation,
+            });
+            let counters = state.queue.counters();
+            QueueSnapshot {
+                depth: counters.ready,
+                max_connections: shared.slots,
+                counters,
+                lateness: state.lateness.quantiles(),
+                running: running.collect(),
+                vms: vms.collect(),
+                periodics: periodics.collect(),
+            }
+        };
+        snapshot.running.sort_by_key(|running| std::cmp::Reverse(running.running_for));
+        snapshot.vms.sort_by_key(|load| load.vm);
+        snapshot.periodics.sort_by(|a, b| (a.vm, &a.what).cmp(&(b.vm, &b.what)));
+        snapshot
+    }
+
+    /// Ends the scheduler: it takes no new work, one-shots that wait fail with `Unavailable`, periodic operations end.
+    /// What runs is given until `grace`, then dropped. Returns when all is over.
+    ///
+    /// Awaited inside an operation of this scheduler, it waits for itself, until `grace`.
+    pub async fn shutdown(&self, grace: Duration) {
+        let shared = &self.owner.shared;
+        shared.close();
+        shared.tracker.close();
+        if shared.tracker.is_empty() || timeout(grace.min(MAX_INTERVAL), shared.tracker.wait()).await.is_ok() {
+            return;
+        }
+        let workers = std::mem::take(&mut shared.lock().workers);
+        tracing::warn!(running = self.snapshot().running.len(), ?grace, "the queue drops what still runs");
+        for worker in &workers {
+            worker.abort();
+        }
+        if timeout(ABORT_WAIT, shared.tracker.wait()).await.is_err() {
+            tracing::error!(left = shared.tracker.len(), "an operation blocks its thread and cannot be dropped");
+        }
+    }
+}
+
+impl fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scheduler").field("config", &self.owner.shared.config).finish_non_exhaustive()
+    }
+}
+
+impl Periodic {
+    /// How it fares.
+    pub fn status(&self) -> Option<PeriodicStatus> {
+        let state = self.owner.shared.lock();
+        let task = state.tasks.get(self.op.index())?.as_ref().filter(|task| task.op == self.op)?;
+        state.status(task)
+    }
+}
+
+impl Drop for Periodic {
+    fn drop(&mut self) {
+        self.owner.shared.cancel(self.op);
+    }
+}
+
+impl fmt::Debug for Periodic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Periodic").field("status", &self.status()).finish_non_exhaustive()
+    }
+}
+
+/// What clones and handles hold; the workers hold [`Shared`]. When the last owner goes, the workers end.
+struct Owner {
+    shared: Arc<Shared>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}
+
+/// A one-shot's place in the queue, for as long as its caller waits.
+struct Place<'a> {
+    shared: &'a Shared,
+    op: Option<OpId>,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        if let Some(op) = self.op {
+            self.shared.cancel(op);
+        }
+    }
+}
+
+struct Shared {
+    state: Mutex<State>,
+    config: SchedulerConfig,
+    slots: usize,
+    /// One permit for each worker that was woken and has not noticed yet.
+    wakeups: Semaphore,
+    /// Tells the time keeper that the alarm moved to an earlier time.
+    alarm: Notify,
+    tracker: TaskTracker,
+    epoch: Instant,
+}
+
+struct State {
+    queue: FairQueue,
+    /// By [`OpId::index`].
+    tasks: Vec<Option<Task>>,
+    /// What each worker runs.
+    seats: Vec<Option<Seat>>,
+    /// Workers that wait to be woken.
+    parked: usize,
+    /// When the time keeper will look again.
+    alarm_us: u64,
+    closed: bool,
+    /// Of all periodic operations.
+    lateness: Lateness,
+    workers: Vec<AbortHandle>,
+}
+
+#[derive(Clone)]
+struct Seat {
+    op: OpId,
+    vm: VmId,
+    since_us: u64,
+}
+
+struct Task {
+    op: OpId,
+    what: Box<str>,
+    limit: Duration,
+    /// Taken while it runs.
+    job: Option<Job>,
+    /// Of a periodic operation.
+    fare: Option<Box<Fare>>,
+}
+
+/// What is known of how a periodic operation fares.
+struct Fare {
+    interval: Duration,
+    last_us: u64,
+    /// Moving average from start to start.
+    gap_us: u64,
+    runs: u64,
+    skipped: u64,
+    lateness: Lateness,
+}
+
+enum Job {
+    Once(Box<dyn RunOnce>),
+    Every { make: Box<MakeRun>, run: Option<BoxFuture<'static, Result<()>>> },
+}
+
+type MakeRun = dyn FnMut(Tick) -> BoxFuture<'static, Result<()>> + Send;
+
+/// How a run ended.
+enum Ending {
+    Done,
+    /// It failed with `TimedOut`.
+    Hung,
+    Panicked(Box<dyn Any + Send>),
+}
+
+/// A one-shot of any result type.
+trait RunOnce: Send {
+    /// Polls the operation. When it is over it is dropped, and its result is kept.
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending>;
+    /// Drops the operation and keeps this as its result.
+    fn give_up(&mut self, error: Error);
+    /// Hands the result to the caller, if one still waits.
+    fn deliver(self: Box<Self>);
+}
+
+struct Once<T, F> {
+    op: Option<Pin<Box<F>>>,
+    result: Option<Result<T>>,
+    reply: oneshot::Sender<Result<T>>,
+}
+
+impl<T: Send, F: Future<Output = Result<T>> + Send> RunOnce for Once<T, F> {
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending> {
+        let Some(op) = &mut self.op else { return Poll::Ready(Ending::Done) };
+        let result = ready!(op.as_mut().poll(context));
+        self.op = None;
+        let hung = matches!(&result, Err(error) if error.kind() == ErrorKind::TimedOut);
+        self.result = Some(result);
+        Poll::Ready(if hung { Ending::Hung } else { Ending::Done })
+    }
+
+    fn give_up(&mut self, error: Error) {
+        self.result = Some(Err(error));
+        self.op = None;
+    }
+
+    fn deliver(self: Box<Self>) {
+        if let Some(result) = self.result {
+            // The caller may be gone.
+            let _ = self.reply.send(result);
+        }
+    }
+}
+
+impl Job {
+    fn begin(&mut self, tick: Tick) -> Result<(), Box<dyn Any + Send>> {
+        if let Self::Every { make, run } = self {
+            *run = Some(catch_unwind(AssertUnwindSafe(|| make(tick)))?);
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending> {
+        let poll = AssertUnwindSafe(|| match self {
+            Self::Once(once) => once.poll(context),
+            Self::Every { run, .. } => {
+                let Some(future) = run else { return Poll::Ready(Ending::Done) };
+                let result = ready!(future.as_mut().poll(context));
+                *run = None;
+                let hung = matches!(result, Err(error) if error.kind() == ErrorKind::TimedOut);
+                Poll::Ready(if hung { Ending::Hung } else { Ending::Done })
+            }
+        });
+        catch_unwind(poll).unwrap_or_else(|panic| Poll::Ready(Ending::Panicked(panic)))
+    }
+
+    /// Drops what runs; a one-shot's caller gets the error.
+    fn give_up(&mut self, error: Error) {
+        match self {
+            Self::Once(once) => once.give_up(error),
+            Self::Every { run, .. } => *run = None,
+        }
+    }
+
+    fn deliver(self) {
+        if let Self::Once(once) = self {
+            once.deliver();
+        }
+    }
+}
+
+/// A run that a worker has taken.
+struct Run {
+    op: OpId,
+    vm: VmId,
+    tick: Tick,
+    until: Instant,
+    limit: Duration,
+    job: Job,
+}
+
+/// A run that is over.
+struct Done {
+    op: OpId,
+    hung: bool,
+    job: Job,
+}
+
+enum Turn {
+    Run(Run),
+    Park,
+    End,
+}
+
+struct Worker {
+    shared: Arc<Shared>,
+    seat: usize,
+    ended: bool,
+}
+
+impl Worker {
+    async fn work(mut self) {
+        // One timer for all runs: moving it to a later time, as is usual, costs next to nothing.
+        let mut deadline = pin!(sleep(Duration::ZERO));
+        let mut done = None;
+        loop {
+            let (turn, over) = self.turn(done.take());
+            if let Some(job) = over {
+                quietly(|| job.deliver());
+            }
+            match turn {
+                Turn::Run(run) => done = Some(self.perform(run, deadline.as_mut()).await),
+                Turn::Park => {
+                    // A timer that nobody needs would still wake this task, and a paused clock would run to it.
+                    deadline.set(sleep(Duration::ZERO));
+                    if let Ok(permit) = self.shared.wakeups.acquire().await {
+                        permit.forget();
+                    }
+                }
+                Turn::End => break,
+            }
+            // Operations that never wait must not keep the thread from other tasks.
+            tokio::task::coop::consume_budget().await;
+        }
+        self.ended = true;
+    }
+
+    /// Gives back what this worker had, and takes what it does next. The second part is a job that is over: to be
+    /// delivered and dropped without the lock.
+    fn turn(&self, done: Option<Done>) -> (Turn, Option<Job>) {
+        let shared = &*self.shared;
+        let now_us = shared.now_us();
+        let state = &mut *shared.lock();
+        let over = done.and_then(|done| {
+            state.seats[self.seat] = None;
+            let slot = &mut state.tasks[done.op.index()];
+            match state.queue.finish(done.op, now_us, done.hung) {
+                Finished::Gone => {
+                    *slot = None;
+                    Some(done.job)
+                }
+                Finished::Again => {
+                    if let Some(task) = slot {
+                        task.job = Some(done.job);
+                    }
+                    None
+                }
+            }
+        });
+        if state.closed {
+            return (Turn::End, over);
+        }
+        state.queue.advance(now_us);
+        if let Some(start) = state.queue.start_next(now_us) {
+            if let Some(run) = self.take(state, start, now_us) {
+                shared.rouse(state);
+                return (Turn::Run(run), over);
+            }
+            debug_assert!(false, "{start:?} has no job");
+            state.queue.cancel(start.op);
+            state.queue.finish(start.op, now_us, false);
+        }
+        state.parked += 1;
+        shared.rouse(state);
+        (Turn::Park, over)
+    }
+
+    fn take(&self, state: &mut State, start: Start, now_us: u64) -> Option<Run> {
+        let task = state.tasks.get_mut(start.op.index())?.as_mut()?;
+        let job = task.job.take()?;
+        let lateness = Duration::from_micros(now_us.saturating_sub(start.planned_us));
+        if let Some(fare) = &mut task.fare {
+            fare.note(now_us, start.run, start.skipped, lateness);
+            if start.run > 0 {
+                state.lateness.record(lateness);
+            }
+        }
+        state.seats[self.seat] = Some(Seat { op: start.op, vm: start.vm, since_us: now_us });
+        let tick = Tick { lateness, run: start.run, skipped: start.skipped };
+        let limit = task.limit.min(MAX_INTERVAL);
+        let until = self.shared.instant(now_us) + limit;
+        Some(Run { op: start.op, vm: start.vm, tick, until, limit, job })
+    }
+
+    async fn perform(&self, run: Run, mut deadline: Pin<&mut Sleep>) -> Done {
+        let Run { op, vm, tick, until, limit, mut job } = run;
+        let ending = match job.begin(tick) {
+            Err(panic) => Some(Ending::Panicked(panic)),
+            Ok(()) => {
+                let mut armed = false;
+                poll_fn(|context| {
+                    if let Poll::Ready(ending) = job.poll(context) {
+                        return Poll::Ready(Some(ending));
+                    }
+                    if !armed {
+                        armed = true;
+                        deadline.as_mut().reset(until);
+                    }
+                    deadline.as_mut().poll(context).map(|()| None)
+                })
+                .await
+            }
+        };
+        let hung = match ending {
+            Some(Ending::Done) => false,
+            Some(Ending::Hung) => true,
+            Some(Ending::Panicked(panic)) => {
+                let what = self.what(op);
+                let message = panic_message(&*panic);
+                tracing::error!(%vm, what, message, "an operation panicked");
+                let error = Error::internal("the operation panicked").with_source(message);
+                quietly(|| job.give_up(error.during("queue.run_once").on(resource(vm, &what))));
+                false
+            }
+            None => {
+                let what = self.what(op);
+                tracing::warn!(%vm, what, ?limit, "an operation ran past its limit and was dropped");
+                let error =
+                    Error::timed_out(format!("the operation was dropped when its limit of {limit:?} had passed"));
+                quietly(|| job.give_up(error.during("queue.run_once").on(resource(vm, &what))));
+                true
+            }
+        };
+        Done { op, hung, job }
+    }
+
+    /// Only for what is rare: it takes the lock.
+    fn what(&self, op: OpId) -> String {
+        let state = self.shared.lock();
+        state.tasks.get(op.index()).and_then(Option::as_ref).map(|task| task.what.to_string()).unwrap_or_default()
+    }
+}
+
+impl Drop for Worker {
+    /// A worker that did not end by itself was aborted, or its runtime is gone: without it the queue would stand.
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        self.shared.close();
+        let task = {
+            let state = &mut *self.shared.lock();
+            state.seats[self.seat].take().and_then(|seat| {
+                state.queue.cancel(seat.op);
+                state.queue.finish(seat.op, self.shared.now_us(), false);
+                state.tasks[seat.op.index()].take()
+            })
+        };
+        drop(task);
+    }
+}
+
+/// Sleeps until the next tick is due and wakes a worker for it, as long as one is parked.
+async fn keep_time(shared: Arc<Shared>) {
+    loop {
+        let alarm_us = {
+            let state = &mut *shared.lock();
+            if state.closed {
+                return;
+            }
+            state.queue.advance(shared.now_us());
+            shared.rouse(state);
+            let due_us = state.queue.next_due_us().filter(|_| state.parked > 0);
+            state.alarm_us = due_us.unwrap_or(NEVER_US);
+            state.alarm_us
+        };
+        let earlier = shared.alarm.notified();
+        if alarm_us == NEVER_US {
+            earlier.await;
+        } else {
+            tokio::select! {
+                () = sleep_until(shared.instant(alarm_us)) => {}
+                () = earlier => {}
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Nothing panics with the lock held but for a fault of this module; then the queue is still the best there is.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_us(&self) -> u64 {
+        self.epoch.elapsed().as_micros() as u64
+    }
+
+    fn instant(&self, at_us: u64) -> Instant {
+        self.epoch + Duration::from_micros(at_us)
+    }
+
+    fn submit(&self, vm: VmId, interval: Option<Duration>, task: impl FnOnce(OpId) -> Task) -> Result<OpId> {
+        let now_us = self.now_us();
+        let state = &mut *self.lock();
+        if state.closed {
+            return Err(shutting_down(vm));
+        }
+        let op = match interval {
+            None => state.queue.submit_once(vm, now_us),
+            Some(interval) => state.queue.submit_every(vm, interval.as_micros() as u64, now_us),
+        };
+        let op = op.map_err(|full| self.full(vm, full))?;
+        if state.tasks.len() <= op.index() {
+            state.tasks.resize_with(op.index() + 1, || None);
+        }
+        state.tasks[op.index()] = Some(task(op));
+        self.rouse(state);
+        Ok(op)
+    }
+
+    fn cancel(&self, op: OpId) {
+        let task = {
+            let state = &mut *self.lock();
+            match state.queue.cancel(op) {
+                Cancelled::Removed => {
+                    // Less work never frees a slot, but the machine may now offer something else.
+                    self.rouse(state);
+                    state.tasks[op.index()].take()
+                }
+                Cancelled::Running | Cancelled::Unknown => None,
+            }
+        };
+        drop(task);
+    }
+
+    /// Wakes a worker when there is work for it, and the time keeper when it would sleep too long.
+    ///
+    /// This holds after every change: when something can start and a worker is parked, one that was woken is on its way
+    /// to the lock. Each that comes calls this again, so one wake-up is enough for any amount of work.
+    fn rouse(&self, state: &mut State) {
+        if state.parked == 0 {
+            return;
+        }
+        if state.queue.can_start() {
+            state.parked -= 1;
+            self.wakeups.add_permits(1);
+        }
+        if state.parked > 0
+            && let Some(due_us) = state.queue.next_due_us()
+            && due_us < state.alarm_us
+        {
+            state.alarm_us = due_us;
+            self.alarm.notify_one();
+        }
+    }
+
+    /// Takes no more work, drops what waits and lets the workers end.
+    fn close(&self) {
+        let waiting = {
+            let state = &mut *self.lock();
+            if state.closed {
+                return;
+            }
+            state.closed = true;
+            self.wakeups.add_permits(std::mem::take(&mut state.parked));
+            self.alarm.notify_one();
+            let queue = &mut state.queue;
+            let waits = |slot: &mut Option<Task>| {
+                let op = slot.as_ref()?.op;
+                let vm = queue.vm(op)?;
+                match queue.cancel(op) {
+                    Cancelled::Removed => slot.take().map(|task| (vm, task)),
+                    Cancelled::Running | Cancelled::Unknown => None,
+                }
+            };
+            state.tasks.iter_mut().filter_map(waits).collect::<Vec<_>>()
+        };
+        for (vm, task) in waiting {
+            if let Some(mut job) = task.job {
+                job.give_up(shutting_down(vm));
+                job.deliver();
+            }
+        }
+    }
+
+    fn full(&self, vm: VmId, full: Full) -> Error {
+        let message = match full {
+            Full::Vm => {
+                format!("{} operations are queued for this machine, which is the limit", self.config.max_queued_per_vm)
+            }
+            Full::Total => format!("{} operations are queued, which is the limit", self.config.max_queued),
+        };
+        Error::new(ErrorKind::Exhausted, message)
+            .with_reason(reason::QUEUE_FULL)
+            .with_retry(Retry::Safe)
+            .during("queue.submit")
+            .on(format!("virtual machine {vm}"))
+    }
+}
+
+impl State {
+    fn status(&self, task: &Task) -> Option<PeriodicStatus> {
+        let fare = task.fare.as_ref()?;
+        Some(PeriodicStatus {
+            vm: self.queue.vm(task.op)?,
+            what: task.what.to_string(),
+            interval_wanted: fare.interval,
+            interval_got: (fare.gap_us > 0).then(|| Duration::from_micros(fare.gap_us)),
+            runs: fare.runs,
+            skipped: fare.skipped,
+            lateness: fare.lateness.quantiles(),
+        })
+    }
+}
+
+impl Fare {
+    fn note(&mut self, now_us: u64, run: u64, skipped: u64, lateness: Duration) {
+        // From the first run to the second is no interval: there the spread comes in.
+        if run >= 2 {
+            let gap_us = now_us - self.last_us;
+            self.gap_us = if run == 2 { gap_us } else { self.gap_us - self.gap_us / 8 + gap_us / 8 };
+        }
+        if run >= 1 {
+            self.lateness.record(lateness);
+        }
+        self.last_us = now_us;
+        self.runs = run + 1;
+        self.skipped += skipped;
+    }
+}
+
+fn shutting_down(vm: VmId) -> Error {
+    Error::unavailable("the queue is shutting down").during("queue.submit").on(format!("virtual machine {vm}"))
+}
+
+fn resource(vm: VmId, what: &str) -> String {
+    format!("{what} on virtual machine {vm}")
+}
+
+/// Operations are other people's code, and so is what runs when they are dropped: it must not end a worker.
+fn quietly(action: impl FnOnce()) {
+    if let Err(panic) = catch_unwind(AssertUnwindSafe(action)) {
+        tracing::error!(message = panic_message(&*panic), "an operation panicked when it was dropped");
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    text.unwrap_or("the panic has no text").to_owned()
+}

@@ -215,7 +215,40 @@ async fn attempt(
     };
     let exit_code = match answer.verdict {
         Verdict::Exit(code) => code,
+<<<<<<< HEAD
         verdict => return Ok(Attempt::Refused(verdict_error(&verdict, request))),
+=======
+        Verdict::Late => {
+            return Err(Error::timed_out(format!(
+                "the command ran longer than its deadline of {} and was ended",
+                seconds(request.deadline)
+            ))
+            .with_retry(Retry::Never));
+        }
+        Verdict::NoUser => {
+            return Err(Error::invalid(
+                "username",
+                format_args!("the guest has no account {}", ocr_core::id::shown(request.user.as_deref().unwrap_or(""))),
+            ));
+        }
+        Verdict::Garbled => return Err(Error::unavailable("the command did not reach the guest whole; nothing ran")),
+        Verdict::Full => {
+            return Err(Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written; nothing ran"));
+        }
+        Verdict::Rebooted => {
+            return Err(Error::unavailable("the guest rebooted while the command ran; it is not run again")
+                .with_retry(Retry::Ambiguous));
+        }
+        Verdict::Lost => {
+            return Err(Error::unavailable(
+                "the command was ended from outside, without a result; it is not run again",
+            )
+            .with_retry(Retry::Ambiguous));
+        }
+        Verdict::Forgotten => {
+            return Err(Error::new(ErrorKind::Conflict, "the command ran, and its output is no longer kept"));
+        }
+>>>>>>> main
     };
     let [out_cut, err_cut] = answer.cut;
     let stdout = whole(agent, run, "out", out_cut, answer.stdout.to_vec(), limit_bytes).await;

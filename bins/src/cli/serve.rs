@@ -1,0 +1,92 @@
+//! `ocr serve`: everything in one process.
+
+use std::{net::SocketAddr, path::Path, time::Duration};
+
+use ocr_core::{exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    args::{BackendArgs, ServeArgs},
+    output::{Failure, Output},
+};
+use crate::{
+    backends::Backends,
+    logging,
+    service::{Service, open_store, stop_on_signals, wait_for_backend},
+    settings::{LogSettings, Store},
+};
+
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
+const GRACE: Duration = Duration::from_secs(25);
+
+/// Serves until SIGTERM or SIGINT.
+pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure> {
+    let log = LogSettings { level: tracing::Level::INFO, dir: None, file_name: String::new() };
+    let _log = logging::start(&log).map_err(Failure::new)?;
+    let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
+    let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
+    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref()).await?;
+    output.result(
+        format_args!("ocr listening on {}", serving.address()),
+        &serde_json::json!({ "address": serving.address().to_string() }),
+    );
+    stop.cancelled().await;
+    serving.stop().await;
+    Ok(())
+}
+
+/// A server that runs as a task of this process.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    address: SocketAddr,
+    stop: CancellationToken,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Serving {
+    /// Where it listens.
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Ends it, and waits until it has ended.
+    pub(crate) async fn stop(self) {
+        self.stop.cancel();
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "the server ended badly");
+        }
+    }
+}
+
+/// Starts a server with all services.
+///
+/// # Errors
+/// When the store or the address cannot be had.
+pub(crate) async fn start(
+    backends: Backends,
+    args: &BackendArgs,
+    listen: SocketAddr,
+    packages: &Path,
+    state: Option<&Path>,
+) -> Result<Serving, Failure> {
+    let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
+    let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
+    let config = exec::Config {
+        action_deadline: Duration::from_secs(300),
+        ready_deadline: args.ready_timeout,
+        ready_interval: deploy.ready_interval,
+        reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
+    };
+    let service = Service::default().with_deployer(&backends, store.clone(), deploy).with_executor(
+        &backends,
+        store,
+        packages,
+        config,
+        SchedulerConfig::default(),
+    );
+    let bound = service.bind(listen, Generation::Newer, true).await?;
+    let (address, stop) = (bound.local_addr(), CancellationToken::new());
+    let task = tokio::spawn(service.run(bound, RECONCILE_INTERVAL, GRACE, stop.clone()));
+    Ok(Serving { address, stop, task })
+}

@@ -1,0 +1,784 @@
+//! Settings: the variables of the servers, read once, checked all together, and never from anywhere else.
+//!
+//! [`VARIABLES`] is the whole list; `--help`, `docs/CONFIGURATION.md` and the sample files are checked against it.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, SocketAddr, ToSocketAddrs},
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use ocr_core::{Owner, exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
+use secrecy::SecretString;
+
+/// One variable: what it is for and what is wanted of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// Another spelling that is read too.
+    pub alias: Option<&'static str>,
+    /// Which servers read it.
+    pub servers: &'static [Server],
+    /// When it must be given.
+    pub wanted: Wanted,
+    /// What it is when it is not given.
+    pub default: Option<&'static str>,
+    /// Whether its value is never shown.
+    pub secret: bool,
+    /// What it means, with its unit.
+    pub about: &'static str,
+}
+
+/// When a variable must be given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Always.
+    Always,
+    /// With `BACKEND=openstack`.
+    WithOpenStack,
+    /// Likewise, and `ocr_openstack::Config` checks it.
+    ByOpenStack,
+    /// Never.
+    Optional,
+}
+
+/// A server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Server {
+    /// `ocr-machiner`.
+    Machiner,
+    /// `ocr-executor`.
+    Executor,
+}
+
+impl Server {
+    /// The server's short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Machiner => "machiner",
+            Self::Executor => "executor",
+        }
+    }
+
+    /// The program's name.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Machiner => "ocr-machiner",
+            Self::Executor => "ocr-executor",
+        }
+    }
+
+    fn port_variable(self) -> &'static str {
+        match self {
+            Self::Machiner => "MACHINER_PORT",
+            Self::Executor => "EXECUTOR_PORT",
+        }
+    }
+}
+
+const BOTH: &[Server] = &[Server::Machiner, Server::Executor];
+const MACHINER: &[Server] = &[Server::Machiner];
+const EXECUTOR: &[Server] = &[Server::Executor];
+
+const fn variable(name: &'static str, servers: &'static [Server], wanted: Wanted, about: &'static str) -> Variable {
+    Variable { name, alias: None, servers, wanted, default: None, secret: false, about }
+}
+
+const fn optional(
+    name: &'static str,
+    servers: &'static [Server],
+    default: Option<&'static str>,
+    about: &'static str,
+) -> Variable {
+    Variable { name, alias: None, servers, wanted: Wanted::Optional, default, secret: false, about }
+}
+
+/// Every variable that a server reads.
+pub const VARIABLES: &[Variable] = &[
+    variable("GLOBAL_HOST", BOTH, Wanted::Always, "address to listen on, such as 127.0.0.1 or 0.0.0.0"),
+    variable(
+        "GLOBAL_INSECURE",
+        BOTH,
+        Wanted::Always,
+        "true: certificates of the servers that we call are not verified (OpenStack, libvirt over TLS); it never changes how we listen",
+    ),
+    Variable {
+        alias: Some("Machiner_PORT"),
+        ..variable("MACHINER_PORT", MACHINER, Wanted::Always, "port to listen on; 0 takes a free one and logs it")
+    },
+    variable("EXECUTOR_PORT", EXECUTOR, Wanted::Always, "port to listen on; 0 takes a free one and logs it"),
+    optional("BACKEND", BOTH, Some("openstack"), "where machines are: openstack or libvirt"),
+    variable("AUTH_URL", BOTH, Wanted::ByOpenStack, "Keystone's address, with or without /v3"),
+    variable("CREDENTIAL_ID", BOTH, Wanted::ByOpenStack, "user name or application credential id"),
+    Variable { secret: true, ..variable("CREDENTIAL_SECRET", BOTH, Wanted::ByOpenStack, "its password or secret") },
+    variable("DOMAIN", BOTH, Wanted::ByOpenStack, "OpenStack domain, usually Default"),
+    variable("PROJECT", BOTH, Wanted::ByOpenStack, "OpenStack project"),
+    variable("GATEWAY_NETWORK", BOTH, Wanted::ByOpenStack, "OpenStack network that routers lead to"),
+    variable("REGION", BOTH, Wanted::ByOpenStack, "OpenStack region"),
+    optional(
+        "OCR_CREDENTIAL_KIND",
+        BOTH,
+        None,
+        "password or application; by default 32 hexadecimal digits in CREDENTIAL_ID are an application credential",
+    ),
+    optional("OCR_CA_FILE", BOTH, None, "file with the certificates of the authorities that signed OpenStack's"),
+    Variable {
+        wanted: Wanted::WithOpenStack,
+        ..optional(
+            "HYPERVISOR",
+            BOTH,
+            Some("qemu:///system"),
+            "libvirt's connection address, such as qemu:///system or qemu+tcp://host/system",
+        )
+    },
+    variable("HYPERVISOR_USER", BOTH, Wanted::WithOpenStack, "user name for libvirt over the network"),
+    Variable {
+        secret: true,
+        ..variable("HYPERVISOR_PASSWORD", BOTH, Wanted::WithOpenStack, "password for libvirt over the network")
+    },
+    optional("HYPERVISOR_WAIT_TIMEOUT", BOTH, Some("300"), "seconds that a machine or its agent may take to be ready"),
+    optional("HYPERVISOR_WAIT_INTERVAL", BOTH, Some("5"), "seconds between two looks, at most, while waiting"),
+    optional(
+        "DOMAIN_TYPE",
+        BOTH,
+        Some("auto"),
+        "libvirt's virtualisation: kvm, qemu (emulation), or auto, which starts a small domain to find out",
+    ),
+    optional(
+        "STORAGE_POOL",
+        BOTH,
+        Some("default"),
+        "libvirt storage pool with the templates; machines' disks are made there",
+    ),
+    optional(
+        "OWNER",
+        BOTH,
+        Some("ocr"),
+        "tag on everything this installation makes; two installations on one hypervisor need two",
+    ),
+    optional(
+        "STATE_STORE",
+        BOTH,
+        Some("embedded"),
+        "where records are kept: embedded (one file) or memory (lost at the end)",
+    ),
+    optional("STATE_FILE", BOTH, Some("/var/lib/ocr/SERVER.redb"), "file of the embedded store; one server each"),
+    optional("REDIS_HOST", BOTH, None, "Redis server (not used by this version)"),
+    optional("REDIS_PORT", BOTH, None, "port of the Redis server (not used by this version)"),
+    Variable {
+        secret: true,
+        ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis (not used by this version)")
+    },
+    optional(
+        "PACKAGE_DIR",
+        EXECUTOR,
+        Some("/var/lib/ocr/packages"),
+        "folder with Deputy packages, unpacked or as archives",
+    ),
+    optional("MAX_CONNECTIONS", EXECUTOR, Some("50"), "operations in guests at once, over all machines"),
+    optional("ACTION_TIMEOUT", EXECUTOR, Some("300"), "seconds that one action in a guest may run"),
+    optional(
+        "CONDITION_REPLY",
+        EXECUTOR,
+        Some("executor_response"),
+        "what ConditionService.create answers: executor_response, or identifier for the older Ranger",
+    ),
+    optional(
+        "RECONCILE_INTERVAL",
+        BOTH,
+        Some("60"),
+        "seconds between two looks for unfinished work; the first is at start",
+    ),
+    optional("SHUTDOWN_GRACE", BOTH, Some("25"), "seconds that work under way may take to end after SIGTERM"),
+    optional("REFLECTION", BOTH, Some("true"), "whether gRPC server reflection is served"),
+    optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
+    optional("LOG_DIR", BOTH, None, "folder for log files, one a day; without it, logs go to stderr"),
+    optional("LOG_FILE_NAME", BOTH, Some("ocr-SERVER.log"), "beginning of the log files' names"),
+];
+
+/// The variables that `ocr_openstack::Config` reads and checks, but for GLOBAL_INSECURE.
+const OPENSTACK: [&str; 9] = [
+    "AUTH_URL",
+    "CREDENTIAL_ID",
+    "CREDENTIAL_SECRET",
+    "OCR_CREDENTIAL_KIND",
+    "DOMAIN",
+    "PROJECT",
+    "GATEWAY_NETWORK",
+    "REGION",
+    "OCR_CA_FILE",
+];
+
+/// What is wrong with the settings, all of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(pub Vec<String>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of the settings cannot be used:", self.0.len())?;
+        self.0.iter().try_for_each(|fault| write!(f, "\n  {fault}"))
+    }
+}
+
+impl std::error::Error for Faults {}
+
+/// Where variables come from; tests give their own.
+pub trait Source {
+    /// The variable's value, if it is set.
+    fn get(&self, name: &str) -> Option<String>;
+}
+
+impl<F: Fn(&str) -> Option<String>> Source for F {
+    fn get(&self, name: &str) -> Option<String> {
+        self(name)
+    }
+}
+
+impl Source for BTreeMap<String, String> {
+    fn get(&self, name: &str) -> Option<String> {
+        BTreeMap::get(self, name).cloned()
+    }
+}
+
+/// The process's environment, with an env file below it: what is set in both is taken from the environment.
+///
+/// # Errors
+/// When the file cannot be read, or a line of it is no assignment.
+pub fn environment_over(file: Option<&Path>) -> Result<impl Source + use<>, Faults> {
+    let below = match file {
+        None => BTreeMap::new(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| Faults(vec![format!("--env-file {}: {error}", path.display())]))?;
+            parse_env_file(&text).map_err(|faults| {
+                Faults(faults.into_iter().map(|fault| format!("{}: {fault}", path.display())).collect())
+            })?
+        }
+    };
+    Ok(move |name: &str| std::env::var(name).ok().or_else(|| below.get(name).cloned()))
+}
+
+/// Reads the form of an `.env` file: `NAME=value` lines, `#` comments, `export` and quotes allowed.
+///
+/// # Errors
+/// Every line that is none of these.
+pub fn parse_env_file(text: &str) -> Result<BTreeMap<String, String>, Vec<String>> {
+    let (mut values, mut faults) = (BTreeMap::new(), Vec::new());
+    for (number, line) in (1..).zip(text.lines()) {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let assignment = line.strip_prefix("export ").unwrap_or(line);
+        match assignment.split_once('=') {
+            Some((name, value)) if ocr_core::guest::check_variable_name(name.trim()).is_ok() => {
+                values.insert(name.trim().to_owned(), unquote(value.trim()).to_owned());
+            }
+            // The line itself is not repeated: it may hold a secret.
+            _ => faults.push(format!("line {number}: wants NAME=value")),
+        }
+    }
+    if faults.is_empty() { Ok(values) } else { Err(faults) }
+}
+
+fn unquote(value: &str) -> &str {
+    for quote in ['"', '\''] {
+        if let Some(inner) = value.strip_prefix(quote).and_then(|rest| rest.strip_suffix(quote)) {
+            return inner;
+        }
+    }
+    // A comment after an unquoted value begins with a space.
+    value.split(" #").next().unwrap_or(value).trim_end()
+}
+
+/// The settings of one server.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Which server.
+    pub server: Server,
+    /// Where to listen.
+    pub listen: SocketAddr,
+    /// Whether the certificates of servers that we call go unverified.
+    pub insecure: bool,
+    /// Where machines are.
+    pub backend: Backend,
+    /// Where records are kept.
+    pub store: Store,
+    /// The deployer's.
+    pub deploy: DeployConfig,
+    /// The executor's.
+    pub exec: exec::Config,
+    /// The queue's.
+    pub queue: SchedulerConfig,
+    /// Where packages are.
+    pub package_dir: PathBuf,
+    /// Whether ConditionService.create answers in the older form.
+    pub identifier_reply: bool,
+    /// Between two reconciles.
+    pub reconcile_interval: Duration,
+    /// For work under way after SIGTERM.
+    pub shutdown_grace: Duration,
+    /// Whether reflection is served.
+    pub reflection: bool,
+    /// Logging.
+    pub log: LogSettings,
+    /// What is set and has no effect, to warn of.
+    pub warnings: Vec<String>,
+    effective: Vec<(&'static str, String)>,
+}
+
+/// Where machines are.
+#[derive(Clone, Debug)]
+pub enum Backend {
+    /// On one hypervisor.
+    Libvirt(LibvirtSettings),
+    /// In this process; only `ocr serve` and `ocr demo` offer it.
+    Memory,
+}
+
+/// How to reach libvirt.
+#[derive(Clone, Debug)]
+pub struct LibvirtSettings {
+    /// Connection address.
+    pub uri: String,
+    /// User name over the network.
+    pub user: Option<String>,
+    /// Password over the network.
+    pub password: Option<SecretString>,
+    /// `kvm`, `qemu` or `auto`.
+    pub domain_type: String,
+    /// Storage pool.
+    pub pool: String,
+    /// Whether the hypervisor's certificate goes unverified.
+    pub insecure: bool,
+}
+
+impl LibvirtSettings {
+    /// The connection address with what GLOBAL_INSECURE adds to it.
+    pub fn address(&self) -> String {
+        let encrypted = self.uri.split(':').next().is_some_and(|scheme| scheme.ends_with("+tls"));
+        if !self.insecure || !encrypted {
+            return self.uri.clone();
+        }
+        let separator = if self.uri.contains('?') { '&' } else { '?' };
+        format!("{}{separator}no_verify=1", self.uri)
+    }
+}
+
+/// Where records are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// In one file.
+    Embedded(PathBuf),
+    /// Nowhere: they are lost at the end.
+    Memory,
+}
+
+/// Where logs go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogSettings {
+    /// The least level that is written.
+    pub level: tracing::Level,
+    /// The folder of log files; none is stderr.
+    pub dir: Option<PathBuf>,
+    /// The beginning of the files' names.
+    pub file_name: String,
+}
+
+impl Settings {
+    /// Reads and checks all variables of a server.
+    ///
+    /// # Errors
+    /// All faults at once, each with the variable's name.
+    pub fn read(server: Server, source: &dyn Source) -> Result<Self, Faults> {
+        Reader::new(server, source).settings()
+    }
+
+    /// The settings in effect as `NAME=value`, secrets hidden.
+    pub fn effective(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        self.effective.iter().map(|(name, value)| (*name, value.as_str()))
+    }
+}
+
+/// Reads variables, collecting faults instead of stopping at the first.
+struct Reader<'a> {
+    server: Server,
+    source: &'a dyn Source,
+    openstack: bool,
+    faults: Vec<String>,
+    warnings: Vec<String>,
+    effective: Vec<(&'static str, String)>,
+}
+
+impl<'a> Reader<'a> {
+    fn new(server: Server, source: &'a dyn Source) -> Self {
+        Self { server, source, openstack: false, faults: Vec::new(), warnings: Vec::new(), effective: Vec::new() }
+    }
+
+    fn settings(mut self) -> Result<Settings, Faults> {
+        let backend = self.choice("BACKEND", &["openstack", "libvirt"]);
+        self.openstack = backend == "openstack";
+        let listen = self.listen();
+        let insecure = self.boolean("GLOBAL_INSECURE");
+        let libvirt = self.libvirt(insecure);
+        if self.openstack {
+            for name in OPENSTACK {
+                self.maybe(name);
+            }
+            if let Err(faults) = ocr_openstack::Config::from_lookup(|name| self.source.get(name)) {
+                self.faults.extend(faults.0.iter().map(ToString::to_string));
+            }
+            self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
+        }
+        let store = self.store();
+        let owner = self.parsed::<Owner>("OWNER");
+        let timeout = self.seconds("HYPERVISOR_WAIT_TIMEOUT", 1, 86_400);
+        let interval = self.seconds("HYPERVISOR_WAIT_INTERVAL", 1, 3_600);
+        let (action, connections) = match self.server {
+            Server::Executor => {
+                (self.seconds("ACTION_TIMEOUT", 1, 86_400), self.number("MAX_CONNECTIONS", 1, 10_000) as usize)
+            }
+            Server::Machiner => Default::default(),
+        };
+        let package_dir = self.only(Server::Executor, |r| PathBuf::from(r.text("PACKAGE_DIR")));
+        let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
+        let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
+        let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
+        let reflection = self.boolean("REFLECTION");
+        let log = self.log();
+        for name in ["REDIS_HOST", "REDIS_PORT", "REDIS_PASSWORD"] {
+            if self.source.get(name).is_some() {
+                self.warnings.push(format!("{name} is set, but this version keeps its records in the embedded store"));
+            }
+        }
+        let (Some(listen), Some(owner), true) = (listen, owner, self.faults.is_empty()) else {
+            return Err(Faults(self.faults));
+        };
+        let mut deploy = DeployConfig::new(owner);
+        deploy.ready_deadline = timeout;
+        deploy.ready_interval = interval;
+        let exec = exec::Config {
+            action_deadline: action,
+            ready_deadline: timeout,
+            ready_interval: interval,
+            reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
+        };
+        let queue = SchedulerConfig { max_connections: connections.max(1), ..SchedulerConfig::default() };
+        Ok(Settings {
+            server: self.server,
+            listen,
+            insecure,
+            backend: Backend::Libvirt(libvirt),
+            store,
+            deploy,
+            exec,
+            queue,
+            package_dir,
+            identifier_reply: reply == "identifier",
+            reconcile_interval,
+            shutdown_grace,
+            reflection,
+            log,
+            warnings: self.warnings,
+            effective: self.effective,
+        })
+    }
+
+    fn only<T: Default>(&mut self, server: Server, read: impl FnOnce(&mut Self) -> T) -> T {
+        if self.server == server { read(self) } else { T::default() }
+    }
+
+    fn listen(&mut self) -> Option<SocketAddr> {
+        let host = self.text("GLOBAL_HOST");
+        let port = self.parsed::<u16>(self.server.port_variable());
+        let (false, Some(port)) = (host.is_empty(), port) else { return None };
+        if let Ok(address) = host.parse::<IpAddr>() {
+            return Some(SocketAddr::new(address, port));
+        }
+        match (host.as_str(), port).to_socket_addrs().map(|mut found| found.next()) {
+            Ok(Some(address)) => Some(address),
+            _ => {
+                self.faults.push(format!("GLOBAL_HOST: {host:?} is neither an address nor a name of this machine"));
+                None
+            }
+        }
+    }
+
+    fn libvirt(&mut self, insecure: bool) -> LibvirtSettings {
+        LibvirtSettings {
+            uri: self.text("HYPERVISOR"),
+            user: self.maybe("HYPERVISOR_USER"),
+            password: self.maybe("HYPERVISOR_PASSWORD").map(SecretString::from),
+            domain_type: self.choice("DOMAIN_TYPE", &["auto", "kvm", "qemu"]),
+            pool: self.text("STORAGE_POOL"),
+            insecure,
+        }
+    }
+
+    fn store(&mut self) -> Store {
+        if self.choice("STATE_STORE", &["embedded", "memory"]) == "memory" {
+            return Store::Memory;
+        }
+        Store::Embedded(PathBuf::from(self.text("STATE_FILE")))
+    }
+
+    fn log(&mut self) -> LogSettings {
+        let level = self.text("LOG_LEVEL");
+        let level = tracing::Level::from_str(&level).unwrap_or_else(|_| {
+            self.faults.push(format!("LOG_LEVEL: wants ERROR, WARN, INFO, DEBUG or TRACE, got {level:?}"));
+            tracing::Level::INFO
+        });
+        LogSettings { level, dir: self.maybe("LOG_DIR").map(PathBuf::from), file_name: self.text("LOG_FILE_NAME") }
+    }
+
+    /// The variable's value or default; an empty value counts as not given.
+    fn maybe(&mut self, name: &'static str) -> Option<String> {
+        let variable = table_entry(name);
+        let given = [Some(variable.name), variable.alias]
+            .into_iter()
+            .flatten()
+            .find_map(|name| self.source.get(name))
+            .map(|value| value.trim().to_owned())
+            .filter(|value| !value.is_empty());
+        let wanted = match variable.wanted {
+            Wanted::Always => true,
+            Wanted::WithOpenStack => self.openstack,
+            Wanted::ByOpenStack | Wanted::Optional => false,
+        };
+        if given.is_none() && wanted {
+            self.faults.push(format!("{name}: is not set; it is {}", variable.about));
+            return None;
+        }
+        let value = given.or_else(|| variable.default.map(|text| text.replace("SERVER", self.server.name())));
+        if let Some(value) = &value {
+            self.effective.push((name, if variable.secret { "(hidden)".to_owned() } else { value.clone() }));
+        }
+        value
+    }
+
+    fn text(&mut self, name: &'static str) -> String {
+        self.maybe(name).unwrap_or_default()
+    }
+
+    fn parsed<T: FromStr>(&mut self, name: &'static str) -> Option<T>
+    where
+        T::Err: fmt::Display,
+    {
+        let text = self.maybe(name)?;
+        match text.parse() {
+            Ok(value) => Some(value),
+            Err(error) => {
+                self.faults.push(format!("{name}: {error}, got {text:?}; it is {}", table_entry(name).about));
+                None
+            }
+        }
+    }
+
+    fn number(&mut self, name: &'static str, least: u64, most: u64) -> u64 {
+        match self.parsed::<u64>(name) {
+            Some(number) if !(least..=most).contains(&number) => {
+                self.faults.push(format!("{name}: wants {least} to {most}, got {number}"));
+                least
+            }
+            number => number.unwrap_or(least),
+        }
+    }
+
+    fn seconds(&mut self, name: &'static str, least: u64, most: u64) -> Duration {
+        Duration::from_secs(self.number(name, least, most))
+    }
+
+    fn boolean(&mut self, name: &'static str) -> bool {
+        let Some(text) = self.maybe(name) else { return false };
+        match text.to_ascii_lowercase().as_str() {
+            "true" | "1" | "yes" | "on" => true,
+            "false" | "0" | "no" | "off" => false,
+            _ => {
+                self.faults.push(format!("{name}: wants true or false, got {text:?}"));
+                false
+            }
+        }
+    }
+
+    fn choice(&mut self, name: &'static str, choices: &[&str]) -> String {
+        let text = self.text(name).to_ascii_lowercase();
+        if !choices.contains(&text.as_str()) {
+            self.faults.push(format!("{name}: wants {}, got {text:?}", choices.join(" or ")));
+        }
+        text
+    }
+}
+
+fn table_entry(name: &'static str) -> &'static Variable {
+    match VARIABLES.iter().find(|variable| variable.name == name) {
+        Some(variable) => variable,
+        None => unreachable!("{name} is read but not in the table"),
+    }
+}
+
+/// The table of all variables as Markdown; `docs/CONFIGURATION.md` holds exactly this.
+pub fn as_markdown() -> String {
+    let mut text = String::from("| variable | servers | mandatory | default | meaning |\n|---|---|---|---|---|\n");
+    for variable in VARIABLES {
+        let alias = variable.alias.map(|alias| format!(" (or `{alias}`)")).unwrap_or_default();
+        let servers: Vec<_> = variable.servers.iter().map(|server| server.name()).collect();
+        let wanted = match variable.wanted {
+            Wanted::Always => "yes",
+            Wanted::WithOpenStack | Wanted::ByOpenStack => "with `BACKEND=openstack`",
+            Wanted::Optional => "no",
+        };
+        let default = variable.default.map(|default| format!("`{default}`")).unwrap_or_default();
+        text += &format!(
+            "| `{}`{alias} | {} | {wanted} | {default} | {} |\n",
+            variable.name,
+            servers.join(", "),
+            variable.about
+        );
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn good() -> BTreeMap<String, String> {
+        [("GLOBAL_HOST", "127.0.0.1"), ("GLOBAL_INSECURE", "False"), ("MACHINER_PORT", "9000"), ("BACKEND", "libvirt")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into()
+    }
+
+    fn with(name: &str, value: &str) -> Result<Settings, Faults> {
+        let mut values = good();
+        values.insert(name.to_owned(), value.to_owned());
+        Settings::read(Server::Machiner, &values)
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_page() {
+        let settings = Settings::read(Server::Machiner, &good()).unwrap();
+        assert_eq!(settings.deploy.ready_deadline, Duration::from_secs(300));
+        assert_eq!(settings.deploy.ready_interval, Duration::from_secs(5));
+        assert_eq!(settings.store, Store::Embedded("/var/lib/ocr/machiner.redb".into()));
+        assert_eq!(settings.listen.to_string(), "127.0.0.1:9000");
+    }
+
+    #[test]
+    fn all_faults_come_at_once() {
+        let bad: BTreeMap<_, _> = [
+            ("GLOBAL_INSECURE", "perhaps"),
+            ("EXECUTOR_PORT", "70000"),
+            ("BACKEND", "vmware"),
+            ("HYPERVISOR_WAIT_TIMEOUT", "0"),
+            ("MAX_CONNECTIONS", "many"),
+            ("LOG_LEVEL", "LOUD"),
+            ("OWNER", "no spaces please"),
+        ]
+        .map(|(name, value)| (name.to_owned(), value.to_owned()))
+        .into();
+        let faults = Settings::read(Server::Executor, &bad).unwrap_err();
+        for name in bad.keys().map(String::as_str).chain(["GLOBAL_HOST"]) {
+            assert!(faults.0.iter().any(|fault| fault.starts_with(&format!("{name}: "))), "{name} in {faults}");
+        }
+    }
+
+    #[test]
+    fn openstacks_faults_come_with_the_others_and_say_what_this_version_lacks() {
+        let faults = with("BACKEND", "openstack").unwrap_err();
+        for name in ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "REGION", "GATEWAY_NETWORK", "HYPERVISOR_USER"] {
+            assert!(faults.0.iter().any(|fault| fault.starts_with(name)), "{name} in {faults}");
+        }
+        assert!(faults.to_string().contains("BACKEND: openstack is not in this version yet"), "{faults}");
+    }
+
+    #[test]
+    fn the_seeds_own_spelling_of_the_port_is_read() {
+        let mut values = good();
+        values.remove("MACHINER_PORT");
+        values.insert("Machiner_PORT".to_owned(), "9001".to_owned());
+        assert_eq!(Settings::read(Server::Machiner, &values).unwrap().listen.port(), 9001);
+    }
+
+    #[test]
+    fn booleans_are_read_in_any_spelling() {
+        for (text, want) in [("True", true), ("1", true), ("YES", true), ("false", false), ("0", false), ("No", false)]
+        {
+            assert_eq!(with("GLOBAL_INSECURE", text).unwrap().insecure, want, "{text}");
+        }
+        assert!(with("GLOBAL_INSECURE", "ja").is_err());
+    }
+
+    #[test]
+    fn insecure_reaches_the_hypervisors_certificate_and_nothing_else() {
+        for (uri, insecure, want) in [
+            ("qemu+tls://h/system", "true", "qemu+tls://h/system?no_verify=1"),
+            ("qemu+tls://h/system?pkipath=/x", "true", "qemu+tls://h/system?pkipath=/x&no_verify=1"),
+            ("qemu+tls://h/system", "false", "qemu+tls://h/system"),
+            ("qemu+tcp://h/system", "true", "qemu+tcp://h/system"),
+            ("qemu:///system", "true", "qemu:///system"),
+        ] {
+            let mut values = good();
+            values.insert("HYPERVISOR".to_owned(), uri.to_owned());
+            values.insert("GLOBAL_INSECURE".to_owned(), insecure.to_owned());
+            let settings = Settings::read(Server::Machiner, &values).unwrap();
+            let Backend::Libvirt(libvirt) = settings.backend else { panic!("another backend") };
+            assert_eq!(libvirt.address(), want);
+        }
+    }
+
+    #[test]
+    fn secrets_are_in_no_output() {
+        let settings = with("HYPERVISOR_PASSWORD", "canary-7f3a").unwrap();
+        let shown: Vec<_> = settings.effective().collect();
+        assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
+        assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
+    }
+
+    #[test]
+    fn a_fault_in_an_env_file_does_not_repeat_the_line() {
+        let faults = parse_env_file("A=1\nnot-an-assignment canary-7f3a\n").unwrap_err();
+        assert_eq!(faults, ["line 2: wants NAME=value"]);
+    }
+
+    #[test]
+    fn an_env_file_has_comments_quotes_and_exports() {
+        let values = parse_env_file("# c\n\nexport A=1\nB=\"x # y\" \nC='z'\nD=a#b # c\nE=\n").unwrap();
+        let want = [("A", "1"), ("B", "x # y"), ("C", "z"), ("D", "a#b"), ("E", "")];
+        assert_eq!(values, want.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    }
+
+    proptest! {
+        #[test]
+        fn reading_any_env_file_never_panics(text in any::<String>()) {
+            let _ = parse_env_file(&text);
+        }
+    }
+
+    fn docs(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(name)
+    }
+
+    #[test]
+    fn the_page_of_settings_is_the_table() {
+        let page = std::fs::read_to_string(docs("CONFIGURATION.md")).unwrap();
+        assert!(page.contains(&as_markdown()), "docs/CONFIGURATION.md wants this table:\n{}", as_markdown());
+    }
+
+    #[test]
+    fn the_sample_files_are_good_settings() {
+        for (server, file) in [(Server::Machiner, "samples/machiner.env"), (Server::Executor, "samples/executor.env")] {
+            let values = parse_env_file(&std::fs::read_to_string(docs(file)).unwrap()).unwrap();
+            Settings::read(server, &values).unwrap();
+            for name in values.keys() {
+                assert!(VARIABLES.iter().any(|variable| variable.name == name), "{file}: {name}");
+            }
+        }
+    }
+}

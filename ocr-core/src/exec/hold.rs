@@ -1,0 +1,86 @@
+//! Keeps a machine for one install while that one is not in the queue.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use crate::VmId;
+
+/// Which machines are held. Cloning is cheap; all clones are one.
+///
+/// The scheduler gives a machine to one operation at a time. An install that has begun must sometimes leave the
+/// scheduler, because a guest that reboots would otherwise keep a permit for minutes; its hold keeps the machine then.
+/// Every operation looks for a hold first thing in its turn, and no turn can begin while the one that takes the hold
+/// still runs, so there is no gap.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Holds(Arc<Mutex<HashMap<VmId, watch::Sender<()>>>>);
+
+/// A machine is held until this is dropped.
+#[derive(Debug)]
+pub(super) struct Hold {
+    holds: Holds,
+    vm: VmId,
+}
+
+/// Somebody else holds the machine.
+#[derive(Debug)]
+pub(super) struct Held(watch::Receiver<()>);
+
+impl Holds {
+    pub(super) fn take(&self, vm: VmId) -> Result<Hold, Held> {
+        let mut held = self.lock();
+        match held.get(&vm) {
+            Some(sender) => Err(Held(sender.subscribe())),
+            None => {
+                held.insert(vm, watch::Sender::new(()));
+                Ok(Hold { holds: self.clone(), vm })
+            }
+        }
+    }
+
+    pub(super) fn is_held(&self, vm: VmId) -> bool {
+        self.lock().contains_key(&vm)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, watch::Sender<()>>> {
+        // The map is whole between any two of its operations, so a panic elsewhere does not spoil it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // Dropping the sender wakes all that wait.
+        self.holds.lock().remove(&self.vm);
+    }
+}
+
+impl Held {
+    /// Waits until the machine was let go. Somebody else may have taken it again since.
+    pub(super) async fn released(mut self) {
+        while self.0.changed().await.is_ok() {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_held_machine_is_free_again_when_the_hold_is_dropped() {
+        let holds = Holds::default();
+        let vm = VmId::random();
+        let hold = holds.take(vm).unwrap();
+        let held = holds.take(vm).unwrap_err();
+        assert!(holds.is_held(vm) && !holds.is_held(VmId::random()));
+        let waiting = tokio::spawn(held.released());
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(hold);
+        waiting.await.unwrap();
+        assert!(holds.take(vm).is_ok());
+    }
+}

@@ -1,0 +1,868 @@
+//! The policy of the queue: who runs next. Pure: no lock, no I/O, no clock; `now_us` is an argument.
+//!
+//! # What it promises
+//! - At most one operation runs on a machine, and at most [`Limits::max_running`] run at once.
+//! - Operations that never ran (one-shots, and first runs of periodic ones) go before re-runs, except for a
+//!   reserve: an eighth of the slots, at least one, serves re-runs first. The same holds inside a machine: after
+//!   seven first runs in a row a waiting re-run has its turn. So a flood of one-shots slows re-runs, and never
+//!   stops them.
+//! - Re-runs share what is left by *slip*: each gets its interval, or, when there is too much work, all get their
+//!   interval stretched by the same factor. For equal intervals that is "the one that ran least goes first",
+//!   without that rule's fault that newcomers starve all who came before.
+//! - Between machines first runs take turns, so that one machine's burst does not hold up the others.
+//! - Machines whose last operation hung are on probation: together they hold at most an eighth of the slots, at
+//!   least one, until an operation of theirs ends in time.
+//! - A periodic operation keeps a fixed grid of planned times. Ticks that pass while it waits or runs are skipped
+//!   and counted; it never has more than one run pending.
+//!
+//! # How
+//! Start-time fair queueing (Goyal, Vin and Cheng, 1996) in two classes. A re-run carries a virtual start tag, which
+//! grows by its interval with each run. The least tag goes first. The virtual clock follows the tags that were
+//! served; it follows the real clock when nothing waits. A machine has a virtual clock of its own, since it may be
+//! overloaded while the rest is not: inside a machine tags are compared with tags alone; between machines a tag
+//! counts as at most one interval old. That bounds what a machine that was away can claim at once.
+//!
+//! ```text
+//!             submit                start                   finish
+//!  one-shot  --------> first queue -------> running ------------------------> gone
+//!  periodic  --------> first queue -------> running --> waits for its tick --+
+//!                                              ^                             | advance
+//!                                              +---------- again queue <-----+
+//! ```
+//! Cancelling takes an operation out of any of these at once, except that what runs is let finish.
+//!
+//! # Cost
+//! Every call is O(log n), amortised. Entries of cancelled operations stay in the heaps until they come up, or
+//! until they are the greater part, and are told apart by generation numbers: a heap is never more than about
+//! twice as long as what lives in it.
+
+use std::{
+    cmp::{Ordering, Reverse},
+    collections::{BinaryHeap, HashMap, VecDeque},
+};
+
+use crate::VmId;
+
+#[cfg(test)]
+mod tests;
+
+/// One part in this many of the slots is for re-runs, and at most one part in this many for machines on probation.
+const SHARE: usize = 8;
+/// Where there is only one slot to share (one in all, or one machine), it is shared in time: so many to one.
+const TURNS: u8 = SHARE as u8 - 1;
+/// How many machines without operations are remembered as hung.
+const MAX_REMEMBERED: usize = 4096;
+/// A heap is cleaned of dead entries when they outnumber the living by so many.
+const DEAD_ALLOWED: usize = 32;
+
+/// How much a [`FairQueue`] takes and runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Operations that run at once, at least 1.
+    pub max_running: usize,
+    /// Operations that one machine may hold besides the one that runs.
+    pub max_per_vm: usize,
+    /// Operations in all, at most `u32::MAX`.
+    pub max_total: usize,
+}
+
+/// Names an operation. Never reused, in the sense that an old id is told from a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct OpId {
+    index: u32,
+    generation: u32,
+}
+
+impl OpId {
+    /// A small number that no other living operation has, for a table beside the queue.
+    pub fn index(self) -> usize {
+        self.index as usize
+    }
+}
+
+/// Why an operation was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Full {
+    /// The machine holds [`Limits::max_per_vm`].
+    Vm,
+    /// The queue holds [`Limits::max_total`].
+    Total,
+}
+
+/// An operation that is to run now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Start {
+    /// The operation, for [`FairQueue::finish`].
+    pub op: OpId,
+    /// Its machine.
+    pub vm: VmId,
+    /// How many runs came before this one.
+    pub run: u64,
+    /// When it was to run.
+    pub planned_us: u64,
+    /// Ticks skipped between the run before and this one.
+    pub skipped: u64,
+}
+
+/// What became of an operation that finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// It will run again.
+    Again,
+    /// It is gone: it was a one-shot, or it was cancelled while it ran.
+    Gone,
+}
+
+/// What became of an operation that was cancelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It is gone.
+    Removed,
+    /// It runs, and will be gone when it has finished.
+    Running,
+    /// It was gone already.
+    Unknown,
+}
+
+/// What the queue did so far, and what it holds now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Operations taken.
+    pub submitted: u64,
+    /// Operations refused because the queue was full.
+    pub refused: u64,
+    /// First runs started.
+    pub started_first: u64,
+    /// Re-runs started.
+    pub started_again: u64,
+    /// Runs finished.
+    pub finished: u64,
+    /// Of these, how many hung.
+    pub hung: u64,
+    /// Operations cancelled.
+    pub cancelled: u64,
+    /// Ticks of periodic operations that were skipped.
+    pub skipped_ticks: u64,
+    /// Operations that are ready and wait for a slot or for their machine.
+    pub ready: usize,
+    /// Periodic operations that wait for their next tick.
+    pub waiting: usize,
+    /// Operations that run.
+    pub running: usize,
+    /// Of these, how many on machines on probation.
+    pub running_on_probation: usize,
+    /// The most that ever ran at once.
+    pub peak_running: usize,
+    /// Machines on probation.
+    pub on_probation: usize,
+}
+
+/// One machine's part of the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VmLoad {
+    /// The machine.
+    pub vm: VmId,
+    /// Its operations that are ready and wait.
+    pub ready: usize,
+    /// Its operations in all: ready, waiting for their tick, or running.
+    pub operations: usize,
+    /// Whether one of them runs.
+    pub busy: bool,
+    /// Whether its last operation hung.
+    pub on_probation: bool,
+}
+
+/// The queue. See the [module](self).
+#[derive(Debug)]
+pub struct FairQueue {
+    limits: Limits,
+    ops: Vec<Op>,
+    free_ops: Vec<u32>,
+    vms: Vec<Vm>,
+    free_vms: Vec<u32>,
+    by_id: HashMap<VmId, u32>,
+    /// The heads of idle machines: by class, then healthy and on probation.
+    heads: [[Heads; 2]; 2],
+    timers: BinaryHeap<Reverse<(u64, OpId)>>,
+    dead_timers: usize,
+    /// Machines on probation that have no operations, the longest forgotten first.
+    remembered: VecDeque<u32>,
+    /// The virtual clock of re-runs: the greatest tag served; the real time when nothing waits. Never ahead of that.
+    virtual_us: u64,
+    /// The virtual clock of first runs, in turns.
+    round: u64,
+    seq: u64,
+    spread: u32,
+    running_first: usize,
+    /// First runs started in a row though a re-run was there; only one slot needs it.
+    first_in_a_row: u8,
+    /// Operations of healthy machines started in a row; only one slot needs it.
+    healthy_in_a_row: u8,
+    counters: Counters,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Class {
+    /// It never ran.
+    First,
+    /// It did.
+    Again,
+}
+
+impl Class {
+    const BOTH: [Class; 2] = [Class::First, Class::Again];
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    Free,
+    Ready(Class),
+    Waiting,
+    Running { class: Class, cancelled: bool },
+}
+
+#[derive(Debug)]
+struct Op {
+    generation: u32,
+    vm: u32,
+    place: Place,
+    /// 0 for a one-shot.
+    interval_us: u64,
+    /// In turns while it never ran, then in virtual microseconds.
+    tag: u64,
+    /// The tick it waits for, or whose run is pending or running.
+    due_us: u64,
+    runs: u64,
+    skipped: u64,
+}
+
+#[derive(Debug)]
+struct Vm {
+    id: VmId,
+    operations: u32,
+    busy: bool,
+    on_probation: bool,
+    remembered: bool,
+    /// First runs started in a row though a re-run was ready here.
+    first_in_a_row: u8,
+    /// The turn that its newest first run has.
+    round: u64,
+    /// Its virtual clock, which its re-runs' tags are of.
+    virtual_us: u64,
+    /// What to add to its virtual time to get the queue's. It grows when the machine lags by more than its credit:
+    /// all its operations alike are forgiven what they missed.
+    offset_us: u64,
+    lanes: [Lane; 2],
+}
+
+/// The ready operations of one machine and one class.
+#[derive(Debug, Default)]
+struct Lane {
+    /// The top is always alive.
+    heap: BinaryHeap<Entry<OpId>>,
+    dead: usize,
+    /// The entry that the head has among the heads of all idle machines.
+    listed: Option<Listing>,
+}
+
+/// Orders by tag, then by arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Key {
+    tag: u64,
+    seq: u64,
+}
+
+/// What a heap holds. The greatest comes out first, which is that with the least key; nothing else is compared.
+#[derive(Clone, Copy, Debug)]
+struct Entry<T> {
+    key: Key,
+    item: T,
+}
+
+/// A lane's head among those of the other machines. The stamp is never used twice, so an entry is alive when its
+/// machine's lane still has its stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listed {
+    stamp: u64,
+    vm: u32,
+}
+
+type Listing = Entry<Listed>;
+
+#[derive(Debug, Default)]
+struct Heads {
+    heap: BinaryHeap<Listing>,
+    alive: usize,
+}
+
+impl FairQueue {
+    /// An empty queue.
+    pub fn new(limits: Limits) -> Self {
+        let max_running = limits.max_running.max(1);
+        let max_total = limits.max_total.min(u32::MAX as usize);
+        Self {
+            limits: Limits { max_running, max_total, ..limits },
+            ops: Vec::new(),
+            free_ops: Vec::new(),
+            vms: Vec::new(),
+            free_vms: Vec::new(),
+            by_id: HashMap::new(),
+            heads: Default::default(),
+            timers: BinaryHeap::new(),
+            dead_timers: 0,
+            remembered: VecDeque::new(),
+            virtual_us: 0,
+            round: 0,
+            seq: 0,
+            spread: 0,
+            running_first: 0,
+            first_in_a_row: 0,
+            healthy_in_a_row: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    /// Takes an operation that runs once.
+    ///
+    /// # Errors
+    /// When the queue is full.
+    pub fn submit_once(&mut self, vm: VmId, now_us: u64) -> Result<OpId, Full> {
+        self.submit(vm, 0, now_us)
+    }
+
+    /// Takes an operation that runs every `interval_us` (at least 1), first as soon as the queue allows.
+    ///
+    /// The first run's end sets the grid: the second run is planned between a twentieth and the whole of an interval
+    /// later, spread by the golden ratio, so that what was deployed together does not come back together.
+    ///
+    /// # Errors
+    /// When the queue is full.
+    pub fn submit_every(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
+        self.submit(vm, interval_us.max(1), now_us)
+    }
+
+    /// Makes ready what is due. Call it before [`FairQueue::start_next`].
+    pub fn advance(&mut self, now_us: u64) {
+        while let Some(&Reverse((due_us, id))) = self.timers.peek() {
+            let alive = self.is_alive(id);
+            if alive && due_us > now_us {
+                break;
+            }
+            self.timers.pop();
+            if alive {
+                self.counters.waiting -= 1;
+                self.make_ready(id, Class::Again);
+            } else {
+                self.dead_timers -= 1;
+            }
+        }
+    }
+
+    /// When the next operation that waits for its tick is due.
+    pub fn next_due_us(&mut self) -> Option<u64> {
+        while let Some(&Reverse((due_us, id))) = self.timers.peek() {
+            if self.is_alive(id) {
+                return Some(due_us);
+            }
+            self.timers.pop();
+            self.dead_timers -= 1;
+        }
+        None
+    }
+
+    /// Whether [`FairQueue::start_next`] would start something.
+    pub fn can_start(&mut self) -> bool {
+        self.counters.running < self.limits.max_running
+            && Class::BOTH.into_iter().any(|class| self.first_of(class).is_some())
+    }
+
+    /// Starts the operation whose turn it is: takes a slot and its machine. `None` when there is none, or no slot.
+    pub fn start_next(&mut self, now_us: u64) -> Option<Start> {
+        if self.counters.running == self.limits.max_running {
+            return None;
+        }
+        let first = self.first_of(Class::First);
+        let again = self.first_of(Class::Again);
+        if again.is_none() {
+            // No re-run waits for a slot, so all are served in full: virtual time is real time.
+            self.virtual_us = self.virtual_us.max(now_us);
+        }
+        let (class, listing) = match (first, again) {
+            (None, None) => return None,
+            (Some(first), None) => (Class::First, first),
+            (None, Some(again)) => (Class::Again, again),
+            (Some(first), Some(again)) => {
+                let first_goes = if self.limits.max_running == 1 {
+                    self.first_in_a_row < TURNS
+                } else {
+                    self.running_first < self.limits.max_running - self.share()
+                };
+                if first_goes {
+                    self.first_in_a_row = self.first_in_a_row.saturating_add(1);
+                    (Class::First, first)
+                } else {
+                    self.first_in_a_row = 0;
+                    (Class::Again, again)
+                }
+            }
+        };
+        self.start(class, listing, now_us)
+    }
+
+    /// Ends the run of an operation and frees its slot and its machine. `hung` puts the machine on probation, anything
+    /// else takes it off.
+    pub fn finish(&mut self, id: OpId, now_us: u64, hung: bool) -> Finished {
+        let Some(Place::Running { class, cancelled }) = self.place(id) else {
+            debug_assert!(false, "finish of {id:?}, which does not run");
+            return Finished::Gone;
+        };
+        let op = &mut self.ops[id.index()];
+        let vm_index = op.vm;
+        let vm = &mut self.vms[vm_index as usize];
+        self.counters.running -= 1;
+        self.counters.finished += 1;
+        self.counters.hung += u64::from(hung);
+        self.counters.running_on_probation -= usize::from(vm.on_probation);
+        self.running_first -= usize::from(class == Class::First);
+        self.counters.on_probation += usize::from(hung);
+        self.counters.on_probation -= usize::from(vm.on_probation);
+        vm.on_probation = hung;
+        vm.busy = false;
+        let finished = if cancelled || op.interval_us == 0 {
+            self.remove(id);
+            Finished::Gone
+        } else {
+            self.plan(id, now_us);
+            Finished::Again
+        };
+        self.list_heads(vm_index);
+        self.forget_if_unused(vm_index);
+        finished
+    }
+
+    /// Takes an operation out. What runs is let finish.
+    pub fn cancel(&mut self, id: OpId) -> Cancelled {
+        let Some(place) = self.place(id) else { return Cancelled::Unknown };
+        let op = &mut self.ops[id.index()];
+        let vm_index = op.vm;
+        match place {
+            Place::Free => return Cancelled::Unknown,
+            Place::Running { cancelled: true, .. } => return Cancelled::Running,
+            Place::Running { class, cancelled: false } => {
+                op.place = Place::Running { class, cancelled: true };
+                self.counters.cancelled += 1;
+                return Cancelled::Running;
+            }
+            Place::Waiting => {
+                self.remove(id);
+                self.counters.waiting -= 1;
+                self.dead_timers += 1;
+                if self.dead_timers > self.timers.len() / 2 + DEAD_ALLOWED {
+                    let ops = &self.ops;
+                    self.timers.retain(|Reverse((_, id))| ops[id.index()].generation == id.generation);
+                    self.dead_timers = 0;
+                }
+            }
+            Place::Ready(class) => {
+                self.remove(id);
+                self.counters.ready -= 1;
+                self.vms[vm_index as usize].lanes[class as usize].bury(&self.ops);
+                self.list_heads(vm_index);
+            }
+        }
+        self.counters.cancelled += 1;
+        self.forget_if_unused(vm_index);
+        Cancelled::Removed
+    }
+
+    /// The machine of an operation that is in the queue.
+    pub fn vm(&self, id: OpId) -> Option<VmId> {
+        let op = self.ops.get(id.index()).filter(|op| op.generation == id.generation)?;
+        Some(self.vms[op.vm as usize].id)
+    }
+
+    /// The counters.
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The machines that the queue knows, in no order.
+    pub fn vms(&self) -> impl Iterator<Item = VmLoad> + '_ {
+        self.by_id.values().map(|&index| {
+            let vm = &self.vms[index as usize];
+            VmLoad {
+                vm: vm.id,
+                ready: vm.lanes.iter().map(Lane::len).sum(),
+                operations: vm.operations as usize,
+                busy: vm.busy,
+                on_probation: vm.on_probation,
+            }
+        })
+    }
+
+    fn submit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
+        let known = self.by_id.get(&vm).copied();
+        let held = known.map_or(0, |index| {
+            let vm = &self.vms[index as usize];
+            vm.operations as usize - usize::from(vm.busy)
+        });
+        let full = if held >= self.limits.max_per_vm {
+            Some(Full::Vm)
+        } else if self.ops.len() - self.free_ops.len() >= self.limits.max_total {
+            Some(Full::Total)
+        } else {
+            None
+        };
+        if let Some(full) = full {
+            self.counters.refused += 1;
+            return Err(full);
+        }
+        let vm_index = known.unwrap_or_else(|| self.add_vm(vm));
+        let vm = &mut self.vms[vm_index as usize];
+        vm.operations += 1;
+        vm.round = self.round.max(vm.round + 1);
+        let round = vm.round;
+        let index = self.free_ops.pop().unwrap_or_else(|| {
+            self.ops.push(Op {
+                generation: 0,
+                vm: 0,
+                place: Place::Free,
+                interval_us: 0,
+                tag: 0,
+                due_us: 0,
+                runs: 0,
+                skipped: 0,
+            });
+            (self.ops.len() - 1) as u32
+        });
+        let op = &mut self.ops[index as usize];
+        let generation = op.generation;
+        *op = Op {
+            generation,
+            vm: vm_index,
+            place: Place::Free,
+            interval_us,
+            tag: round,
+            due_us: now_us,
+            runs: 0,
+            skipped: 0,
+        };
+        let id = OpId { index, generation };
+        self.counters.submitted += 1;
+        self.make_ready(id, Class::First);
+        Ok(id)
+    }
+
+    fn start(&mut self, class: Class, listing: Listing, now_us: u64) -> Option<Start> {
+        let vm = &mut self.vms[listing.item.vm as usize];
+        let id = vm.lanes[class as usize].pop(&self.ops)?;
+        let op = &mut self.ops[id.index()];
+        op.place = Place::Running { class, cancelled: false };
+        match class {
+            Class::First => {
+                self.round = self.round.max(op.tag);
+                self.running_first += 1;
+                self.counters.started_first += 1;
+                let passed_over = vm.lanes[Class::Again as usize].len() > 0;
+                vm.first_in_a_row = if passed_over { vm.first_in_a_row.saturating_add(1) } else { 0 };
+            }
+            Class::Again => {
+                self.virtual_us = self.virtual_us.max(listing.key.tag.min(now_us));
+                vm.virtual_us = vm.virtual_us.max(op.tag.min(now_us.saturating_sub(vm.offset_us)));
+                op.tag += op.interval_us;
+                vm.first_in_a_row = 0;
+                self.counters.started_again += 1;
+            }
+        }
+        vm.busy = true;
+        self.healthy_in_a_row = if vm.on_probation { 0 } else { self.healthy_in_a_row.saturating_add(1) };
+        self.counters.ready -= 1;
+        self.counters.running += 1;
+        self.counters.running_on_probation += usize::from(vm.on_probation);
+        self.counters.peak_running = self.counters.peak_running.max(self.counters.running);
+        let start = Start { op: id, vm: vm.id, run: op.runs, planned_us: op.due_us, skipped: op.skipped };
+        self.list_heads(listing.item.vm);
+        Some(start)
+    }
+
+    /// Plans the next run of a periodic operation that ran.
+    fn plan(&mut self, id: OpId, now_us: u64) {
+        let op = &mut self.ops[id.index()];
+        let vm = &mut self.vms[op.vm as usize];
+        op.runs += 1;
+        op.skipped = 0;
+        if op.runs == 1 {
+            // Steps of the golden ratio fall into the widest gap that is left, however many they are.
+            self.spread = self.spread.wrapping_add(0x9E37_79B9);
+            let least_us = op.interval_us / 20;
+            let phase_us = least_us + scale(op.interval_us - least_us, self.spread);
+            op.due_us = now_us.saturating_add(phase_us.max(1));
+            vm.catch_up(self.virtual_us);
+            // The tag is spread likewise: under overload, streams come back together in virtual time. On average it is
+            // one interval on, which charges for the first run: else who opens a stream again and again gains by it.
+            op.tag = vm.virtual_us.saturating_add(op.interval_us / 2 + phase_us);
+        } else {
+            op.due_us = op.due_us.saturating_add(op.interval_us);
+            if let Some(late_us) = now_us.checked_sub(op.due_us) {
+                op.skipped = late_us / op.interval_us;
+                op.due_us += op.skipped * op.interval_us;
+                self.counters.skipped_ticks += op.skipped;
+            }
+        }
+        if op.due_us <= now_us {
+            self.make_ready(id, Class::Again);
+        } else {
+            op.place = Place::Waiting;
+            self.timers.push(Reverse((op.due_us, id)));
+            self.counters.waiting += 1;
+        }
+    }
+
+    fn make_ready(&mut self, id: OpId, class: Class) {
+        let op = &mut self.ops[id.index()];
+        let vm_index = op.vm;
+        let vm = &mut self.vms[vm_index as usize];
+        if class == Class::Again {
+            vm.catch_up(self.virtual_us);
+            op.tag = op.tag.max(vm.virtual_us.saturating_sub(op.interval_us));
+        }
+        op.place = Place::Ready(class);
+        self.seq += 1;
+        vm.lanes[class as usize].heap.push(Entry { key: Key { tag: op.tag, seq: self.seq }, item: id });
+        self.counters.ready += 1;
+        self.list_heads(vm_index);
+    }
+
+    /// Makes the lists of heads say what this machine offers now: nothing while it is busy.
+    fn list_heads(&mut self, vm_index: u32) {
+        let vm = &mut self.vms[vm_index as usize];
+        let held_back = vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
+        let ward = usize::from(vm.on_probation);
+        for class in Class::BOTH {
+            let lane = &mut vm.lanes[class as usize];
+            let head = match lane.heap.peek() {
+                _ if vm.busy || class == Class::First && held_back => None,
+                head => head.copied(),
+            };
+            if lane.listed.map(|listing| listing.key.seq) == head.map(|head| head.key.seq) {
+                continue;
+            }
+            let offered = head.map(|Entry { mut key, item: id }| {
+                if class == Class::Again {
+                    let floor_us = self.virtual_us.saturating_sub(self.ops[id.index()].interval_us);
+                    vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(key.tag));
+                    key.tag += vm.offset_us;
+                }
+                key
+            });
+            let heads = &mut self.heads[class as usize][ward];
+            heads.alive -= usize::from(lane.listed.is_some());
+            heads.alive += usize::from(offered.is_some());
+            lane.listed = offered.map(|key| {
+                self.seq += 1;
+                Entry { key, item: Listed { stamp: self.seq, vm: vm_index } }
+            });
+            heads.heap.extend(lane.listed);
+        }
+        for class in Class::BOTH {
+            let heads = &mut self.heads[class as usize][ward];
+            if heads.heap.len() > 2 * heads.alive + DEAD_ALLOWED {
+                let vms = &self.vms;
+                heads.heap.retain(|head| vms[head.item.vm as usize].lanes[class as usize].lists(head));
+            }
+        }
+    }
+
+    /// The head whose turn it is in a class.
+    fn first_of(&mut self, class: Class) -> Option<Listing> {
+        let healthy = self.first_in(class, 0);
+        if self.heads[class as usize][1].alive == 0 {
+            return healthy;
+        }
+        let probation_open = if self.limits.max_running == 1 {
+            self.healthy_in_a_row >= TURNS || self.heads.iter().all(|wards| wards[0].alive == 0)
+        } else {
+            self.counters.running_on_probation < self.share()
+        };
+        if !probation_open {
+            return healthy;
+        }
+        match (healthy, self.first_in(class, 1)) {
+            (Some(healthy), Some(probation)) => Some(healthy.max(probation)),
+            (healthy, probation) => healthy.or(probation),
+        }
+    }
+
+    fn first_in(&mut self, class: Class, ward: usize) -> Option<Listing> {
+        let heads = &mut self.heads[class as usize][ward];
+        while let Some(head) = heads.heap.peek() {
+            if self.vms[head.item.vm as usize].lanes[class as usize].lists(head) {
+                return Some(*head);
+            }
+            heads.heap.pop();
+        }
+        None
+    }
+
+    fn share(&self) -> usize {
+        self.limits.max_running.div_ceil(SHARE)
+    }
+
+    fn add_vm(&mut self, id: VmId) -> u32 {
+        let vm = Vm {
+            id,
+            operations: 0,
+            busy: false,
+            on_probation: false,
+            remembered: false,
+            first_in_a_row: 0,
+            round: 0,
+            virtual_us: 0,
+            offset_us: 0,
+            lanes: Default::default(),
+        };
+        let index = match self.free_vms.pop() {
+            Some(index) => {
+                self.vms[index as usize] = vm;
+                index
+            }
+            None => {
+                self.vms.push(vm);
+                (self.vms.len() - 1) as u32
+            }
+        };
+        self.by_id.insert(id, index);
+        index
+    }
+
+    /// Drops a machine without operations. One that hung is remembered: its next operation may hang too.
+    fn forget_if_unused(&mut self, vm_index: u32) {
+        let vm = &mut self.vms[vm_index as usize];
+        if vm.operations > 0 || vm.remembered {
+            return;
+        }
+        if !vm.on_probation {
+            self.drop_vm(vm_index);
+            return;
+        }
+        vm.remembered = true;
+        self.remembered.push_back(vm_index);
+        if self.remembered.len() <= MAX_REMEMBERED {
+            return;
+        }
+        if let Some(oldest) = self.remembered.pop_front() {
+            let vm = &mut self.vms[oldest as usize];
+            vm.remembered = false;
+            if vm.operations == 0 {
+                self.counters.on_probation -= usize::from(vm.on_probation);
+                self.drop_vm(oldest);
+            }
+        }
+    }
+
+    fn drop_vm(&mut self, vm_index: u32) {
+        let vm = &mut self.vms[vm_index as usize];
+        // A burst must not hold its memory for ever.
+        vm.lanes = Default::default();
+        self.by_id.remove(&vm.id);
+        self.free_vms.push(vm_index);
+    }
+
+    fn remove(&mut self, id: OpId) {
+        let op = &mut self.ops[id.index()];
+        op.generation = op.generation.wrapping_add(1);
+        op.place = Place::Free;
+        self.vms[op.vm as usize].operations -= 1;
+        self.free_ops.push(id.index);
+    }
+
+    fn is_alive(&self, id: OpId) -> bool {
+        self.ops[id.index()].generation == id.generation
+    }
+
+    fn place(&self, id: OpId) -> Option<Place> {
+        self.ops.get(id.index()).filter(|op| op.generation == id.generation).map(|op| op.place)
+    }
+}
+
+impl Vm {
+    /// A machine on which nothing waits is served in full: its virtual clock is the queue's.
+    fn catch_up(&mut self, virtual_us: u64) {
+        if !self.busy && self.lanes[Class::Again as usize].len() == 0 {
+            self.virtual_us = self.virtual_us.max(virtual_us.saturating_sub(self.offset_us));
+        }
+    }
+}
+
+impl Key {
+    /// As one number, compared without a branch: most of a heap's time goes there.
+    fn order(self) -> u128 {
+        u128::from(self.tag) << 64 | u128::from(self.seq)
+    }
+}
+
+impl<T> Ord for Entry<T> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.key.order().cmp(&self.key.order())
+    }
+}
+
+impl<T> PartialOrd for Entry<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+
+    fn le(&self, other: &Self) -> bool {
+        self.key.order() >= other.key.order()
+    }
+}
+
+impl<T> PartialEq for Entry<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+}
+
+impl<T> Eq for Entry<T> {}
+
+impl Lane {
+    fn lists(&self, head: &Listing) -> bool {
+        self.listed.is_some_and(|listed| listed.item.stamp == head.item.stamp)
+    }
+
+    fn len(&self) -> usize {
+        self.heap.len() - self.dead
+    }
+
+    /// Takes the head.
+    fn pop(&mut self, ops: &[Op]) -> Option<OpId> {
+        let head = self.heap.pop()?;
+        self.clean_top(ops);
+        Some(head.item)
+    }
+
+    /// Notes that one entry died.
+    fn bury(&mut self, ops: &[Op]) {
+        self.dead += 1;
+        self.clean_top(ops);
+        if self.dead > self.heap.len() / 2 + DEAD_ALLOWED {
+            self.heap.retain(|Entry { item: id, .. }| ops[id.index()].generation == id.generation);
+            self.dead = 0;
+        }
+    }
+
+    fn clean_top(&mut self, ops: &[Op]) {
+        while self.dead > 0
+            && let Some(Entry { item: id, .. }) = self.heap.peek()
+            && ops[id.index()].generation != id.generation
+        {
+            self.heap.pop();
+            self.dead -= 1;
+        }
+    }
+}
+
+/// `span` times `numerator / 2^32`.
+fn scale(span: u64, numerator: u32) -> u64 {
+    ((u128::from(span) * u128::from(numerator)) >> 32) as u64
+}
