@@ -164,7 +164,7 @@ impl Machine {
 
     /// Counts a command; whether it shall forget old results.
     pub(crate) fn wants_pruning(&self) -> bool {
-        self.commands.fetch_add(1, Ordering::Relaxed) % COMMANDS_BETWEEN_PRUNING == 0
+        self.commands.fetch_add(1, Ordering::Relaxed).is_multiple_of(COMMANDS_BETWEEN_PRUNING)
     }
 
     /// Lets the next command forget old results.

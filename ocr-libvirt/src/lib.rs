@@ -11,6 +11,7 @@ mod compute;
 #[cfg(feature = "libvirt")]
 mod door;
 #[cfg(any(feature = "libvirt", test))]
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code, reason = "the scripts are tested without libvirt too"))]
 mod guest;
 #[cfg(feature = "libvirt")]
 mod image;
@@ -19,6 +20,7 @@ mod network;
 #[cfg(feature = "libvirt")]
 mod probe;
 #[cfg(any(feature = "libvirt", test))]
+#[cfg_attr(not(feature = "libvirt"), allow(dead_code, reason = "it is tested without libvirt too"))]
 mod qcow2;
 
 pub use config::Config;

@@ -1,5 +1,6 @@
 //! A libvirtd that is killed, restarted and frozen under the backend; it has one of its own for that.
 #![cfg(feature = "libvirt")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests: a fault ends them, and figures are for people")]
 
 mod rig;
 

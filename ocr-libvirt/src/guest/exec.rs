@@ -11,7 +11,7 @@ use super::{
     runner::{self, Answer, Run, Verdict},
     script::answer,
 };
-use crate::error::{Meaning, is_unknown_pid};
+use crate::error::{Failure, Meaning};
 
 /// The longest pause between two looks at a command.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
@@ -50,7 +50,7 @@ impl Agent<'_> {
                 // The command runs, whatever its agent does now.
                 Err(refused)
                     if refused.error.retry() != Retry::Never
-                        || refused.failure.as_ref().is_some_and(is_unknown_pid) =>
+                        || refused.failure.as_ref().is_some_and(Failure::is_unknown_pid) =>
                 {
                     return Ok(Ended::Unknown(refused.error));
                 }
@@ -215,40 +215,7 @@ async fn attempt(
     };
     let exit_code = match answer.verdict {
         Verdict::Exit(code) => code,
-<<<<<<< HEAD
         verdict => return Ok(Attempt::Refused(verdict_error(&verdict, request))),
-=======
-        Verdict::Late => {
-            return Err(Error::timed_out(format!(
-                "the command ran longer than its deadline of {} and was ended",
-                seconds(request.deadline)
-            ))
-            .with_retry(Retry::Never));
-        }
-        Verdict::NoUser => {
-            return Err(Error::invalid(
-                "username",
-                format_args!("the guest has no account {}", ocr_core::id::shown(request.user.as_deref().unwrap_or(""))),
-            ));
-        }
-        Verdict::Garbled => return Err(Error::unavailable("the command did not reach the guest whole; nothing ran")),
-        Verdict::Full => {
-            return Err(Error::new(ErrorKind::Exhausted, "the guest's disk is full or cannot be written; nothing ran"));
-        }
-        Verdict::Rebooted => {
-            return Err(Error::unavailable("the guest rebooted while the command ran; it is not run again")
-                .with_retry(Retry::Ambiguous));
-        }
-        Verdict::Lost => {
-            return Err(Error::unavailable(
-                "the command was ended from outside, without a result; it is not run again",
-            )
-            .with_retry(Retry::Ambiguous));
-        }
-        Verdict::Forgotten => {
-            return Err(Error::new(ErrorKind::Conflict, "the command ran, and its output is no longer kept"));
-        }
->>>>>>> main
     };
     let [out_cut, err_cut] = answer.cut;
     let stdout = whole(agent, run, "out", out_cut, answer.stdout.to_vec(), limit_bytes).await;
