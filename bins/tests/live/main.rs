@@ -7,9 +7,11 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bad_input;
 mod command_line;
 mod flow;
 mod hang;
+mod kill;
 mod reboot;
 mod rig;
 mod site;
