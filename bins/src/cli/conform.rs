@@ -30,10 +30,12 @@ pub(crate) async fn run(args: &ConformArgs, output: &Output) -> Result<ExitCode,
     }
     let backends = Backends::open(&args.backend).await?;
     let subject = subject(&backends, args).await?;
-    let progress = output.progress(format!("checking as {}", subject.owner));
-    let report = conformance::run(&subject, wanted).await;
-    progress.finish_and_clear();
-    output.result(format_args!("{report}"), &report.to_json());
+    output.line(format_args!("everything made here carries the owner {}", subject.owner));
+    let report = conformance::run_observed(&subject, wanted, |case| output.line(format_args!("{case}"))).await;
+    output.result(
+        format_args!("{} passed, {} failed, {} ignored", report.passed(), report.failed(), report.ignored()),
+        &report.to_json(),
+    );
     Ok(if report.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
