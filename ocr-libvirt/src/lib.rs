@@ -1,4 +1,29 @@
 //! Deploys virtual machines on libvirt, and acts in them through the QEMU guest agent.
+//!
+//! One type, `Libvirt`, opened from a [`Config`], implements `ComputeBackend`, `ImageBackend`, `NetworkBackend` and `GuestExec` of [`ocr_core`].
+//! It is there with the feature `libvirt`, which needs libvirt's headers to build and its library to run; without
+//! the feature the crate is settings, XML and the table of errors.
+//!
+//! ```text
+//!   compute  image  network        guest (exec, files)         what callers see: ocr_core's traits
+//!      \       |      /                   |
+//!       \      |     /              agent commands             typed, one at a time for each guest
+//!        +-----+-----+---------+----------+
+//!                              |
+//!                            door                             lanes, deadlines, connections, threads
+//!                              |
+//!                       libvirt's library                     blocks as long as it likes
+//! ```
+//!
+//! What must hold:
+//! - No call of libvirt's library is made outside of `door`, and no object of its leaves it.
+//! - Everything that a machine is known by is in its domain: the id follows from owner and request, the domain's name from
+//!   owner, scope and name, so libvirt itself refuses a second one; metadata in a namespace of its own tells the rest.
+//!   A domain without it is never changed. The disk bears the machine's id in its name.
+//! - A machine is defined first and undefined last, so that whatever was cut off is listed and can be finished or deleted.
+//! - A command runs in a guest at most once for its operation id. The in-guest runner (`guest/run.sh`) decides that, and
+//!   keeps the result in a file, since agents forget.
+//! - Secrets reach a guest through stdin, never as arguments.
 
 pub mod config;
 pub mod error;

@@ -45,15 +45,14 @@ pub(crate) async fn put(agent: Agent<'_>, file: &PutFile, max_bytes: u64) -> Res
     }
     let is_small = file.content.len() <= MAX_CONTENT_BYTES;
     let put = Put::new(file, mode);
-    let outcome = async {
-        if is_small {
-            return put.step(agent, "whole", file.content.to_vec()).await;
-        }
-        put.step(agent, "begin", Vec::new()).await?;
-        agent.write_file(&put.temp, &file.content).await?;
-        put.step(agent, "end", Vec::new()).await
-    };
-    outcome.await
+    if is_small {
+        return put.step(agent, "whole", file.content.to_vec()).await;
+    }
+    put.step(agent, "begin", Vec::new()).await?;
+    let written = agent.write_file(&put.temp, &file.content).await;
+    // Also when it was not all written: then the digest is wrong, and the guest removes the temporary file.
+    let ended = put.step(agent, "end", Vec::new()).await;
+    Ok(written?).and(ended)
 }
 
 struct Put<'a> {

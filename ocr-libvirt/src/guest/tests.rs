@@ -5,6 +5,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command as Process, Output, Stdio},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -23,23 +24,40 @@ struct Shell {
     _tools: Option<tempfile::TempDir>,
 }
 
-/// dash (or whatever `sh` is) with the system's programs, and busybox with its own where it is installed.
+/// dash (or whatever `sh` is) with the system's programs, and busybox with its own where there is one.
 fn shells() -> Vec<Shell> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut shells = vec![Shell { name: "sh", path: path.clone(), _tools: None }];
-    let busybox = std::env::split_paths(&path).map(|folder| folder.join("busybox")).find(|file| file.exists());
-    match busybox {
-        None => println!("ignored: busybox is not installed"),
-        Some(busybox) => {
-            let tools = tempfile::tempdir().unwrap();
-            let list = Process::new(&busybox).arg("--list").output().unwrap();
-            for applet in String::from_utf8(list.stdout).unwrap().lines() {
-                std::os::unix::fs::symlink(&busybox, tools.path().join(applet)).unwrap();
-            }
-            shells.push(Shell { name: "busybox", path: tools.path().into(), _tools: Some(tools) });
-        }
+    let mut shells = vec![Shell { name: "sh", path, _tools: None }];
+    let Some(busybox) = busybox() else {
+        println!("ignored: there is no busybox");
+        return shells;
+    };
+    let tools = tempfile::tempdir().unwrap();
+    let list = Process::new(&busybox).arg("--list").output().unwrap();
+    for applet in String::from_utf8(list.stdout).unwrap().lines() {
+        std::os::unix::fs::symlink(&busybox, tools.path().join(applet)).unwrap();
     }
+    shells.push(Shell { name: "busybox", path: tools.path().into(), _tools: Some(tools) });
     shells
+}
+
+/// An installed one, or the one of the live tests' guest.
+fn busybox() -> Option<PathBuf> {
+    static UNPACKED: OnceLock<Option<tempfile::TempDir>> = OnceLock::new();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let installed = std::env::split_paths(&path).map(|folder| folder.join("busybox")).find(|file| file.exists());
+    installed.or_else(|| {
+        let unpacked = UNPACKED.get_or_init(|| {
+            let cache = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest/cache");
+            let files = std::fs::read_dir(cache).ok()?.map(|entry| entry.unwrap().path());
+            let package = files.into_iter().find(|file| file.to_string_lossy().contains("/busybox-static_"))?;
+            let folder = tempfile::tempdir().unwrap();
+            let unpacked = Process::new("dpkg-deb").arg("-x").arg(package).arg(folder.path()).status().ok()?;
+            unpacked.success().then_some(folder)
+        });
+        let folder = unpacked.as_ref()?.path();
+        ["bin/busybox", "usr/bin/busybox"].iter().map(|file| folder.join(file)).find(|file| file.exists())
+    })
 }
 
 impl Shell {
