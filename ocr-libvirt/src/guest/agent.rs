@@ -290,7 +290,7 @@ impl Agent<'_> {
         written.and(closed.map(drop))
     }
 
-    async fn close(&self, handle: i64) {
+    pub(crate) async fn close(&self, handle: i64) {
         if let Err(refused) = self.send(&FileClose { handle }).await {
             // Handles die with the agent.
             tracing::debug!(vm = %self.vm, error = %refused.error, "a file stays open in the guest");

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use ocr_core::{Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry, error::seconds};
-use tokio::time::Instant;
+use ocr_core::{Error, ErrorKind, ExecOutput, ExecRequest, OutputChunk, Result, Retry, error::seconds};
+use tokio::{sync::mpsc, time::Instant};
 
 use super::{
-    agent::{Agent, Encoded, Exec, ExecStatus, MAX_CONTENT_BYTES, Refused, StatusReply},
+    agent::{Agent, Encoded, Exec, ExecStatus, FileOpen, FileRead, FileSeek, MAX_CONTENT_BYTES, Refused, StatusReply},
     runner::{self, Answer, Run, Verdict},
     script::answer,
 };
@@ -19,6 +19,10 @@ const MAX_PAUSE: Duration = Duration::from_millis(250);
 const SMALL_PAUSE: Duration = Duration::from_millis(8);
 /// The longest pause before a lost command is looked for again.
 const MAX_SEARCH_PAUSE: Duration = Duration::from_secs(1);
+/// The pause between two looks at a running command's output; a shorter command is not followed.
+const FOLLOW_PAUSE: Duration = Duration::from_millis(500);
+/// The most of an output that is sent on at once.
+const PROGRESS_BYTES: usize = 64 << 10;
 /// How long the small scripts that prepare something may take.
 const SCRIPT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -32,7 +36,14 @@ pub(crate) enum Ended {
 
 impl Agent<'_> {
     /// Starts a shell script in a session of its own and waits for its end, until `end`.
-    async fn run(&self, script: &str, arguments: &[String], input: Vec<u8>, end: Instant) -> Result<Ended, Refused> {
+    async fn run(
+        &self,
+        script: &str,
+        arguments: &[String],
+        input: Vec<u8>,
+        end: Instant,
+        mut follower: Option<&mut Follower<'_>>,
+    ) -> Result<Ended, Refused> {
         let mut arg = vec!["sh".to_owned(), "-c".to_owned(), script.to_owned(), "ocr".to_owned()];
         arg.extend_from_slice(arguments);
         let exec = Exec { path: "setsid", arg, input_data: Encoded(input), capture_output: true };
@@ -73,6 +84,9 @@ impl Agent<'_> {
             if Instant::now() + pause > end {
                 return Ok(Ended::Unknown(Error::timed_out("the guest did not end the command in time")));
             }
+            if let Some(follower) = &mut follower {
+                follower.look(*self).await;
+            }
             tokio::time::sleep(pause).await;
             pause = if is_first { Duration::from_millis(2) } else { pause * 2 };
             pause = pause.min(SMALL_PAUSE.max(start.elapsed() / 10)).min(MAX_PAUSE);
@@ -82,7 +96,7 @@ impl Agent<'_> {
 
     /// Runs a small script whose repetition is harmless; returns the words and the bytes of its answer.
     pub(crate) async fn script(&self, script: &str, arguments: &[String], input: Vec<u8>) -> Result<ScriptReply> {
-        match self.run(script, arguments, input, Instant::now() + SCRIPT_DEADLINE).await? {
+        match self.run(script, arguments, input, Instant::now() + SCRIPT_DEADLINE, None).await? {
             Ended::Reported(status) => ScriptReply::new(status),
             Ended::Unknown(error) => Err(error.with_retry(Retry::Ambiguous)),
         }
@@ -140,12 +154,18 @@ pub(crate) async fn exec(agent: Agent<'_>, request: &ExecRequest, max_output_byt
     if is_staged {
         run = Run::new(request, &config.guest_folder, limit_bytes, true, prune);
     }
+    let mut follower = request.progress.as_ref().map(|progress| Follower::new(progress, &run.files, limit_bytes));
     let mut is_begun = false;
     let mut pause = Duration::from_millis(50);
     let last = loop {
-        let tried = attempt(agent, request, &run, is_staged, limit_bytes, end).await;
+        let tried = attempt(agent, request, &run, is_staged, limit_bytes, end, follower.as_mut()).await;
         let error = match tried {
-            Ok(Attempt::Answered(output)) => return Ok(output),
+            Ok(Attempt::Answered(output)) => {
+                if let Some(follower) = follower {
+                    follower.finish(agent, &output).await;
+                }
+                return Ok(output);
+            }
             Ok(Attempt::Refused(error)) => return Err(error),
             Ok(Attempt::Lost(error)) => error,
             // From its first attempt on the command may be running: whatever the agent does now, it is looked for.
@@ -208,6 +228,7 @@ async fn attempt(
     is_staged: bool,
     limit_bytes: u64,
     end: Instant,
+    follower: Option<&mut Follower<'_>>,
 ) -> Result<Attempt> {
     let input = if is_staged {
         stage(agent, run).await?;
@@ -215,7 +236,7 @@ async fn attempt(
     } else {
         run.input.clone()
     };
-    let status = match agent.run(runner::script(), &run.arguments, input, end).await? {
+    let status = match agent.run(runner::script(), &run.arguments, input, end, follower).await? {
         Ended::Reported(status) => status,
         Ended::Unknown(error) => return Ok(Attempt::Lost(error)),
     };
@@ -261,6 +282,86 @@ async fn whole(
     let is_longer = begin.len() > limit;
     begin.truncate(limit);
     Ok((begin.into(), is_cut || is_longer))
+}
+
+/// Follows a running command's output by reading its files.
+struct Follower<'a> {
+    progress: &'a mpsc::Sender<OutputChunk>,
+    tails: [Tail; 2],
+    looked: Instant,
+}
+
+/// One output.
+struct Tail {
+    path: String,
+    make: fn(Bytes) -> OutputChunk,
+    /// The agent's handle; it dies with the agent.
+    handle: Option<i64>,
+    /// How much was sent on.
+    offset: u64,
+    limit_bytes: u64,
+}
+
+impl<'a> Follower<'a> {
+    fn new(progress: &'a mpsc::Sender<OutputChunk>, files: &str, limit_bytes: u64) -> Self {
+        let tail =
+            |suffix: &str, make| Tail { path: format!("{files}.{suffix}"), make, handle: None, offset: 0, limit_bytes };
+        Self {
+            progress,
+            tails: [tail("out", OutputChunk::Stdout), tail("err", OutputChunk::Stderr)],
+            looked: Instant::now(),
+        }
+    }
+
+    /// Sends on what is new, when it is time to look. What fails is tried again the next time.
+    async fn look(&mut self, agent: Agent<'_>) {
+        if self.looked.elapsed() < FOLLOW_PAUSE || self.progress.is_closed() {
+            return;
+        }
+        for tail in &mut self.tails {
+            if let Err(refused) = tail.look(agent, self.progress).await {
+                tracing::debug!(vm = %agent.vm, error = %refused.error, "a command's output cannot be followed now");
+                tail.handle = None;
+            }
+        }
+        self.looked = Instant::now();
+    }
+
+    /// Sends on the rest.
+    async fn finish(self, agent: Agent<'_>, output: &ExecOutput) {
+        for (tail, whole) in self.tails.into_iter().zip([&output.stdout, &output.stderr]) {
+            if let Some(handle) = tail.handle {
+                agent.close(handle).await;
+            }
+            let sent = usize::try_from(tail.offset).unwrap_or(usize::MAX).min(whole.len());
+            for at in (sent..whole.len()).step_by(PROGRESS_BYTES) {
+                let rest = whole.slice(at..whole.len().min(at + PROGRESS_BYTES));
+                let _ = self.progress.try_send((tail.make)(rest));
+            }
+        }
+    }
+}
+
+impl Tail {
+    async fn look(&mut self, agent: Agent<'_>, progress: &mpsc::Sender<OutputChunk>) -> Result<(), Refused> {
+        let handle = match self.handle {
+            Some(handle) => handle,
+            None => *self.handle.insert(agent.send(&FileOpen { path: self.path.clone(), mode: "r" }).await?),
+        };
+        let count = self.limit_bytes.saturating_sub(self.offset).min(PROGRESS_BYTES as u64);
+        if count == 0 {
+            return Ok(());
+        }
+        // Also to get beyond the end that an earlier look came to.
+        agent.send(&FileSeek { handle, offset: self.offset, whence: "set" }).await?;
+        let new = agent.send(&FileRead { handle, count }).await?.buf_b64.0;
+        if !new.is_empty() {
+            self.offset += new.len() as u64;
+            // A receiver that is full loses this piece.
+            let _ = progress.try_send((self.make)(new.into()));
+        }
+        Ok(())
+    }
 }
 
 /// Writes a large input into the guest, where nobody but the agent's user can read it.

@@ -27,7 +27,7 @@ mod backend {
         max_file_bytes: 256 << 20,
         max_output_bytes: ExecRequest::OUTPUT_LIMIT_BYTES,
         users: true,
-        streaming: false,
+        streaming: true,
     };
 
     /// Serves every machine of the hypervisor, also those that other software made.
