@@ -98,8 +98,8 @@ impl Backends {
         }
     }
 
-    /// Deletes disks of this owner's that no machine has, and gives their names. There are none unless somebody took
-    /// a machine away by hand.
+    /// Deletes disks of this owner's that no machine has, and image data that no record speaks of, and gives their
+    /// names. There are none unless somebody took a machine away by hand or an import was cut off.
     ///
     /// # Errors
     /// Those of the backend.
@@ -108,7 +108,11 @@ impl Backends {
         match &self.disks {
             Disks::None => Ok(Vec::new()),
             #[cfg(feature = "libvirt")]
-            Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
+            Disks::Libvirt(libvirt) => {
+                let mut swept = libvirt.sweep_volumes(owner).await?;
+                swept.extend(libvirt.sweep_images(owner).await?);
+                Ok(swept)
+            }
         }
     }
 }
