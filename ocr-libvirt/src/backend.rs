@@ -249,12 +249,12 @@ pub(crate) fn found<T>(result: Result<T, virt::error::Error>) -> Result<Option<T
     }
 }
 
-/// Deletes a volume; `None` when it was gone. One that libvirt still has its hands on, as for a moment after an
-/// upload, is waited for.
-pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> {
+/// Repeats what libvirt refuses while it has its hands on a volume: for a moment after an upload, and while somebody
+/// else reads it.
+pub(crate) fn patiently<T>(mut call: impl FnMut() -> Result<T, Trouble>) -> Result<T, Trouble> {
     let mut pause = Duration::from_millis(10);
     loop {
-        match found(volume.delete(0)) {
+        match call() {
             Err(Trouble::Libvirt(failure))
                 if failure.meaning() == crate::error::Meaning::WrongState && pause < VOLUME_PATIENCE =>
             {
@@ -264,6 +264,11 @@ pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> 
             result => return result,
         }
     }
+}
+
+/// Deletes a volume; `None` when it was gone.
+pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> {
+    patiently(|| found(volume.delete(0)))
 }
 
 /// The resource names of errors.

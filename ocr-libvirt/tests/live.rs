@@ -10,8 +10,9 @@ use std::{
 };
 
 use ocr_core::{
-    ComputeBackend, ComputeBackendExt, Deletion, Error, ErrorKind, ExecRequest, GuestExec, GuestExecExt, OperationId,
-    PowerAction, PutFile, Retry, VmFilter, VmId, VmState, error::reason,
+    ComputeBackend, ComputeBackendExt, Deletion, DiskFormat, Error, ErrorKind, ExecRequest, GuestExec, GuestExecExt,
+    ImageBackend, ImageFilter, ImageSource, ImageSpec, Name, OperationId, OsFamily, Owner, PowerAction, PutFile,
+    RequestId, Retry, Scope, Tags, VmFilter, VmId, VmState, error::reason,
 };
 use ocr_libvirt::Libvirt;
 
@@ -367,5 +368,49 @@ async fn measure(libvirt: &Arc<Libvirt>, frozen: VmId, lively: &[VmId], what: &s
     assert!(slowest < Duration::from_secs(4), "{slowest:?}");
     for error in asking.join_all().await {
         assert_eq!((error.kind(), error.reason()), (ErrorKind::Unavailable, Some(reason::AGENT_NOT_READY)), "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_taken_in_while_others_are_listed() {
+    let Some(rig) = rig::rig() else { return };
+    let libvirt = rig.open().await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("data.raw");
+    std::fs::write(&path, vec![7; 64 << 10]).unwrap();
+    let spec = |n: usize| {
+        let tags = Tags {
+            owner: Owner::new(format!("images-{}", std::process::id())).unwrap(),
+            request: RequestId::random(),
+            scope: Scope::default(),
+        };
+        ImageSpec {
+            tags,
+            name: Name::new(format!("image-{n}")).unwrap(),
+            source: ImageSource::File(path.clone()),
+            format: DiskFormat::Raw,
+            sha256: None,
+            os_family: OsFamily::Linux,
+            users: Vec::new(),
+        }
+    };
+    let listers: Vec<_> = (0..4)
+        .map(|_| {
+            let libvirt = libvirt.clone();
+            tokio::spawn(async move {
+                loop {
+                    libvirt.find_images(&ImageFilter::default()).await.unwrap();
+                }
+            })
+        })
+        .collect();
+    for n in 0..40 {
+        let image = libvirt.import_image(&spec(n)).await.unwrap();
+        assert_eq!(libvirt.delete_image(image.id).await.unwrap(), Deletion::Deleted);
+    }
+    for lister in listers {
+        lister.abort();
+        // It ends by the abort; a panic of its own is a failure.
+        assert!(lister.await.unwrap_err().is_cancelled());
     }
 }
