@@ -2,7 +2,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,8 +26,11 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(15);
 /// The longest wait for the commands of other callers on the same machine.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
 
-/// Machines whose locks are kept although nobody uses them now.
-const IDLE_LOCKS: usize = 1024;
+/// Machines of which something is kept although nobody uses them now: a few dozen bytes each.
+const IDLE_SEATS: usize = 16 << 10;
+
+/// The longest time of an operation that counts as short.
+const LONGEST_USUAL_US: u32 = 500_000;
 
 /// A link and the turns on it.
 #[derive(Debug)]
@@ -32,7 +38,15 @@ pub(super) struct Agent<L> {
     link: L,
     /// The hypervisor takes one command of a machine at a time and gives up on one that waits for 30 s; more threads on
     /// one machine are slower in all. So callers queue here.
-    turns: Mutex<HashMap<VmId, Arc<tokio::sync::Mutex<()>>>>,
+    seats: Mutex<HashMap<VmId, Arc<Seat>>>,
+}
+
+/// One machine.
+#[derive(Debug, Default)]
+struct Seat {
+    turn: tokio::sync::Mutex<()>,
+    /// How long a short operation takes there, in microseconds.
+    usual_us: AtomicU32,
 }
 
 /// What the agent says of itself.
@@ -113,7 +127,27 @@ pub(super) struct Handle(i64);
 
 impl<L: AgentLink> Agent<L> {
     pub(super) fn new(link: L) -> Self {
-        Self { link, turns: Mutex::default() }
+        Self { link, seats: Mutex::default() }
+    }
+
+    /// How long a short operation takes on this machine; nothing when that is not known.
+    pub(super) fn usual(&self, vm: VmId) -> Duration {
+        Duration::from_micros(self.seat(vm).usual_us.load(Ordering::Relaxed).into())
+    }
+
+    /// Learns from one operation: quickly from shorter ones, slowly from longer ones, and nothing from long ones, whose
+    /// time is the command's and not the machine's.
+    pub(super) fn learn(&self, vm: VmId, took: Duration) {
+        let seat = self.seat(vm);
+        let usual = seat.usual_us.load(Ordering::Relaxed);
+        let took = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
+        let learnt = match usual {
+            0 => took,
+            _ if took < usual => usual - (usual - took) / 2,
+            _ if took / 4 < usual => usual + (took - usual) / 8,
+            _ => usual,
+        };
+        seat.usual_us.store(learnt.min(LONGEST_USUAL_US), Ordering::Relaxed);
     }
 
     pub(super) async fn info(&self, vm: VmId) -> Result<Info> {
@@ -192,9 +226,9 @@ impl<L: AgentLink> Agent<L> {
             json!({ "execute": command, "arguments": arguments })
         }
         .to_string();
-        let turn = self.turn(vm);
+        let seat = self.seat(vm);
         let answer = {
-            let _turn = tokio::time::timeout(TURN_LIMIT, turn.lock()).await.map_err(|_| {
+            let _turn = tokio::time::timeout(TURN_LIMIT, seat.turn.lock()).await.map_err(|_| {
                 Error::unavailable(format!("other calls kept the guest agent busy for {}", seconds(TURN_LIMIT)))
                     .with_reason(reason::AGENT_NOT_READY)
             })?;
@@ -212,12 +246,12 @@ impl<L: AgentLink> Agent<L> {
         })
     }
 
-    fn turn(&self, vm: VmId) -> Arc<tokio::sync::Mutex<()>> {
-        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-        if turns.len() >= IDLE_LOCKS {
-            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+    fn seat(&self, vm: VmId) -> Arc<Seat> {
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        if seats.len() >= IDLE_SEATS && !seats.contains_key(&vm) {
+            seats.retain(|_, seat| Arc::strong_count(seat) > 1);
         }
-        Arc::clone(turns.entry(vm).or_default())
+        Arc::clone(seats.entry(vm).or_default())
     }
 }
 

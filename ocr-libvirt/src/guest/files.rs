@@ -34,7 +34,7 @@ impl<L: AgentLink> AgentGuest<L> {
         loop {
             let name = OperationId::random().to_string();
             let arguments = |_| vec!["stage".to_owned(), self.config.base.clone(), name.clone()];
-            let reply = self.runner(vm, arguments, &[], until, &mut None).await?;
+            let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
             match reply.state() {
                 "ok" => {}
                 "fail" => return Err(reply.failure()),
@@ -89,7 +89,7 @@ impl<L: AgentLink> AgentGuest<L> {
             ]
         };
         let content: &[u8] = if staged.is_some() { &[] } else { &file.content };
-        let reply = self.runner(vm, arguments, content, until, &mut None).await?;
+        let reply = self.runner(vm, arguments, content, &mut None, until, &mut None).await?;
         match reply.state() {
             "ok" => Ok(()),
             "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(&file.path)))),
@@ -114,7 +114,7 @@ impl<L: AgentLink> AgentGuest<L> {
                 INLINE_BYTES.to_string(),
             ]
         };
-        let reply = self.runner(vm, arguments, &[], until, &mut None).await?;
+        let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
             "file" => Err(Error::unavailable("the file changed while it was read")),
@@ -136,7 +136,7 @@ impl<L: AgentLink> AgentGuest<L> {
         check_argument("path", path)?;
         let until = Instant::now() + self.transfer_limit(0);
         let arguments = |_| vec!["remove".to_owned(), self.config.base.clone(), path.to_owned()];
-        let reply = self.runner(vm, arguments, &[], until, &mut None).await?;
+        let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "ok" => Ok(Deletion::Deleted),
             "missing" => Ok(Deletion::AlreadyGone),

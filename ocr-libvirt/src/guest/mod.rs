@@ -22,14 +22,13 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ocr_core::{
     Deletion, Error, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OsFamily, OutputChunk, PutFile,
-    Result, Retry, VmId,
-    guest::check_guest_path,
+    Result, Retry, VmId, guest::check_guest_path,
 };
 use tokio::{sync::mpsc, time::Instant};
 
 use self::{
     agent::{Agent, Exited, Handle, is_outage, is_refusal, is_untouched},
-    runner::{INLINE_BYTES, Input, Outcome, Reply, SCRIPT},
+    runner::{INLINE_BYTES, Input, Reply, SCRIPT},
 };
 
 /// Carries one command of the QEMU guest agent (JSON text) to a machine, and its answer (JSON text) back.
@@ -73,7 +72,10 @@ const MAX_OUTPUT_BYTES: u64 = ExecRequest::OUTPUT_LIMIT_BYTES;
 /// How often a runner may end without an answer before that is an error.
 const MAX_SILENT_ENDS: u32 = 3;
 
-/// The longest pause between two questions whether a program ended.
+/// The shortest pause between two questions whether a program ended; then it is a tenth of the time it runs.
+const MIN_PAUSE: Duration = Duration::from_millis(2);
+
+/// The longest such pause.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
 
 /// The longest pause between two looks at the output of a running command.
@@ -121,24 +123,22 @@ impl<L: AgentLink> AgentGuest<L> {
 
     /// Runs the runner until it answers. Every mode may be asked for repeatedly.
     ///
-    /// `arguments` gets how long ago the first attempt was.
+    /// `arguments` gets how long ago `asked` was, when it was set before: then, something may have been begun.
     async fn runner(
         &self,
         vm: VmId,
         arguments: impl Fn(Duration) -> Vec<String>,
         input: &[u8],
+        asked: &mut Option<Instant>,
         until: Instant,
         progress: &mut Option<Progress<'_>>,
     ) -> Result<Reply> {
-        let began = Instant::now();
-        let (mut first, mut silent, mut pause) = (true, 0, Duration::from_millis(50));
+        let (mut silent, mut pause) = (0, Duration::from_millis(50));
         loop {
-            let since = if first { Duration::ZERO } else { began.elapsed() };
-            let lost = match self.attempt(vm, arguments(since), input, until, progress).await {
+            let since = asked.map(|asked| asked.elapsed());
+            let lost = match self.attempt(vm, arguments(since.unwrap_or_default()), input, asked, until, progress).await
+            {
                 Ok(exited) => match Reply::of(&exited) {
-                    Some(reply) if reply.state() == "again" => {
-                        Error::unavailable("the request did not reach the guest whole")
-                    }
                     Some(reply) => return Ok(reply),
                     None => {
                         silent += 1;
@@ -151,14 +151,13 @@ impl<L: AgentLink> AgentGuest<L> {
                 },
                 Err(Lost::Final(error)) => return Err(error),
                 // Nothing was begun: whether to come back is the caller's to say.
-                Err(Lost::Track(error)) if first && is_untouched(&error) => return Err(error),
+                Err(Lost::Track(error)) if asked.is_none() => return Err(error),
                 Err(Lost::Track(error)) => error,
             };
             if Instant::now() + pause >= until {
                 return Err(lost.with_retry(Retry::Ambiguous).with_note("whether it was done is not known"));
             }
             tracing::debug!(%vm, error = %lost, "lost track of a program in the guest, asking again");
-            first = false;
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
         }
@@ -170,22 +169,35 @@ impl<L: AgentLink> AgentGuest<L> {
         vm: VmId,
         arguments: Vec<String>,
         input: &[u8],
+        asked: &mut Option<Instant>,
         until: Instant,
         progress: &mut Option<Progress<'_>>,
     ) -> Result<Exited, Lost> {
-        let mut argv = vec!["/bin/sh".to_owned(), "-c".to_owned(), SCRIPT.clone(), "ocr-run".to_owned()];
+        let mut argv = vec!["-c".to_owned(), SCRIPT.clone(), "ocr-run".to_owned()];
         argv.extend(arguments);
-        // In a session of its own from the start: what ends the agent does not end the runner.
-        let pid = match self.agent.start(vm, "setsid", &argv, input).await {
+        let started = Instant::now();
+        let pid = match self.agent.start(vm, "/bin/sh", &argv, input).await {
             Ok(pid) => pid,
-            Err(error) if is_outage(&error) => return Err(Lost::Track(error)),
+            Err(error) if is_outage(&error) => {
+                if !is_untouched(&error) {
+                    asked.get_or_insert(started);
+                }
+                return Err(Lost::Track(error));
+            }
             Err(error) => return Err(Lost::Final(error)),
         };
+        asked.get_or_insert(started);
         let started = Instant::now();
-        let mut pause = Duration::from_millis(1);
+        // A question costs an emulated guest more than the runner's whole work: the first one is asked when an
+        // operation on this machine usually ends.
+        let mut pause = self.agent.usual(vm).mul_f64(0.9);
         loop {
+            tokio::time::sleep(pause).await;
             match self.agent.status(vm, pid).await {
-                Ok(Some(exited)) => return Ok(exited),
+                Ok(Some(exited)) => {
+                    self.agent.learn(vm, started.elapsed());
+                    return Ok(exited);
+                }
                 Ok(None) => {}
                 Err(error) if is_outage(&error) || is_refusal(&error) => return Err(Lost::Track(error)),
                 Err(error) => return Err(Lost::Final(error)),
@@ -196,8 +208,7 @@ impl<L: AgentLink> AgentGuest<L> {
             if Instant::now() >= until {
                 return Err(Lost::Track(Error::timed_out("the guest did not tell the end of the operation in time")));
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(started.elapsed() / 10).clamp(Duration::from_millis(1), MAX_PAUSE);
+            pause = (started.elapsed() / 10).clamp(MIN_PAUSE, MAX_PAUSE);
         }
     }
 
@@ -226,11 +237,12 @@ impl<L: AgentLink> AgentGuest<L> {
         let input = Input::of(request)?;
         let until = Instant::now() + request.deadline.saturating_add(self.config.margin);
         let limit = request.output_limit_bytes.min(MAX_OUTPUT_BYTES);
-        let folder = format!("{}/ops/{}", self.config.base, request.operation);
-        let mut progress = request.progress.as_ref().map(|sender| Progress::new(sender, &folder, limit));
+        let files = format!("{}/ops/{}", self.config.base, request.operation);
+        let mut progress = request.progress.as_ref().map(|sender| Progress::new(sender, &files, limit));
         let deadline_cs = request.deadline.as_millis().div_ceil(10).min(u128::from(u32::MAX));
 
-        let ended = loop {
+        let mut asked = None;
+        let reply = loop {
             let staged = self.stage(vm, input.staged(), until).await?;
             let arguments = |since: Duration| {
                 vec![
@@ -248,12 +260,17 @@ impl<L: AgentLink> AgentGuest<L> {
                 ]
             };
             let sent: &[u8] = if staged.is_some() { &[] } else { &input.bytes };
-            let reply = self.runner(vm, arguments, sent, until, &mut progress).await;
-            match runner::outcome(&reply?, request)? {
-                Outcome::Ended(ended) => break ended,
-                Outcome::Again => {}
+            let reply = self.runner(vm, arguments, sent, &mut asked, until, &mut progress).await?;
+            if reply.state() != "again" {
+                break reply;
             }
+            // What was sent did not get there whole, and nothing was run.
+            if Instant::now() + MAX_PAUSE >= until {
+                return Err(Error::timed_out("the request did not reach the guest whole in time"));
+            }
+            tokio::time::sleep(MAX_PAUSE).await;
         };
+        let ended = runner::ended(&reply, request)?;
         let (stdout, stderr) = match ended.output {
             Some(mut output) => {
                 let stderr = output.split_off(ended.stdout_bytes as usize);
@@ -262,8 +279,8 @@ impl<L: AgentLink> AgentGuest<L> {
             None => {
                 let until = until.max(Instant::now() + self.transfer_limit(ended.stdout_bytes + ended.stderr_bytes));
                 (
-                    self.read_whole(vm, &format!("{folder}/out"), ended.stdout_bytes, until).await?,
-                    self.read_whole(vm, &format!("{folder}/err"), ended.stderr_bytes, until).await?,
+                    self.read_whole(vm, &format!("{files}.out"), ended.stdout_bytes, until).await?,
+                    self.read_whole(vm, &format!("{files}.err"), ended.stderr_bytes, until).await?,
                 )
             }
         };
@@ -385,9 +402,9 @@ struct Stream {
 }
 
 impl<'a> Progress<'a> {
-    fn new(sender: &'a mpsc::Sender<OutputChunk>, folder: &str, limit_bytes: u64) -> Self {
+    fn new(sender: &'a mpsc::Sender<OutputChunk>, files: &str, limit_bytes: u64) -> Self {
         let stream =
-            |name, wrap| Stream { path: format!("{folder}/{name}"), wrap, handle: None, sent_bytes: 0, limit_bytes };
+            |name, wrap| Stream { path: format!("{files}.{name}"), wrap, handle: None, sent_bytes: 0, limit_bytes };
         let pause = Duration::from_millis(100);
         Self {
             sender,

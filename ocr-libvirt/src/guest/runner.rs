@@ -173,23 +173,14 @@ impl Ended {
     }
 }
 
-/// What the runner answered to a request to run a command.
-#[derive(Debug)]
-pub(super) enum Outcome {
-    Ended(Ended),
-    /// Nothing was run, or nothing is known: ask again.
-    Again,
-}
-
 /// Reads the answer to `exec`.
 ///
 /// # Errors
 /// Whatever means that there is no result, now or ever.
-pub(super) fn outcome(reply: &Reply, request: &ExecRequest) -> Result<Outcome> {
+pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
     use ocr_core::Retry::Never;
     match reply.state() {
-        "done" => Ended::of(reply).map(Outcome::Ended),
-        "again" => Ok(Outcome::Again),
+        "done" => Ended::of(reply),
         "late" => Err(Error::timed_out(format!(
             "the command did not end in {} and was ended, with its children",
             seconds(request.deadline)

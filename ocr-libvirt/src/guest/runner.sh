@@ -1,18 +1,18 @@
 # The guest's half of every operation: one POSIX shell script, handed to `sh -c` by the guest agent.
 #
-#   setsid /bin/sh -c SCRIPT ocr-run MODE BASE ARGUMENT...
+#   /bin/sh -c SCRIPT ocr-run MODE BASE ARGUMENT...
 #
-# It needs sh, cat, chmod, chown, find, head, id, kill, ls, mkdir, mv, rm, setsid, sha256sum, sleep, su, tail and wc,
+# It needs sh, cat, chmod, chown, find, head, id, ls, mkdir, mv, rm, setsid, sha256sum, sleep, su, tail and wc,
 # as coreutils and busybox have them, and /proc. It answers with one line, `ocr1 STATE ...`, and what the state
 # carries; its exit code says nothing. What may be secret (command, environment, stdin, content) comes by stdin or
 # in a staged file, never as an argument.
 #
 # BASE (0700) holds
-#   ops/OPERATION/  one run: `run` who runs it, `pids` its sessions, `cmd` and `stdin` until it ends, `out`, `err`,
-#                   `late` past its deadline, `result` at its end
-#   in/             staged input that is too big for one message of the agent
+#   ops/OPERATION.*  one run: `run` says who runs it, `pids` its sessions; `cmd` and `stdin` until it ends; `out`
+#                    and `err`; `late` past its deadline; `result` at its end
+#   in/              staged input that is too big for one message of the agent
 #
-# Forks are what it costs (a millisecond each, several in an emulated guest), so builtins do what they can.
+# Programs are what it costs (a millisecond each, several in an emulated guest), so builtins do what they can.
 # Lines that begin with # and indentation are cut before it is sent.
 
 umask 077
@@ -47,25 +47,25 @@ alive() {
 
 # Keeps the first $limit bytes of output $1 aside and empties the file, under the writer's hands: it appends.
 clip() {
-    if [ ! -e "$d/$1.kept" ]; then
-        [ "$(wc -c <"$d/$1")" -gt "$limit" ] || return 0
-        head -c "$limit" "$d/$1" >"$d/$1.part"
-        mv -f "$d/$1.part" "$d/$1.kept"
+    if [ ! -e "$d.$1.kept" ]; then
+        [ "$(wc -c <"$d.$1")" -gt "$limit" ] || return 0
+        head -c "$limit" "$d.$1" >"$d.$1.part"
+        mv -f "$d.$1.part" "$d.$1.kept"
     fi
-    : >"$d/$1"
+    : >"$d.$1"
 }
 
 # Sets $size and $cut (0 or 1) of output $1, at the end.
 measure() {
     size=0 cut=0
-    if [ -e "$d/$1.kept" ]; then
-        mv -f "$d/$1.kept" "$d/$1"
+    if [ -e "$d.$1.kept" ]; then
+        mv -f "$d.$1.kept" "$d.$1"
         cut=1
     fi
-    [ ! -s "$d/$1" ] || size=$(wc -c <"$d/$1")
+    [ ! -s "$d.$1" ] || size=$(wc -c <"$d.$1")
     if [ "$size" -gt "$limit" ]; then
-        head -c "$limit" "$d/$1" >"$d/$1.part"
-        mv -f "$d/$1.part" "$d/$1"
+        head -c "$limit" "$d.$1" >"$d.$1.part"
+        mv -f "$d.$1.part" "$d.$1"
         size=$limit cut=1
     fi
 }
@@ -74,7 +74,7 @@ measure() {
 hunt() {
     while read -r sid; do
         case $prey in *" $sid "*) ;; *) prey="$prey$sid " ;; esac
-    done <"$d/pids"
+    done <"$d.pids"
     more=1
     while [ "$more" ]; do
         more=
@@ -94,13 +94,14 @@ hunt() {
 
 # Runs beside the command: bounds its output and ends it at its deadline.
 watch() {
+    trap : HUP INT QUIT TERM
     prey=' '
     while sleep 1 || sleep 1; do
         clip out
         clip err
         clock
         [ "$now" -ge "$end" ] || continue
-        : >"$d/late"
+        : >"$d.late"
         hunt
         kill -TERM $prey
         sleep 1
@@ -113,36 +114,37 @@ watch() {
     done
 }
 
-# Drops the oldest results: 64 stay, and 4 of those that are too big to be told in one message.
+# Drops the oldest runs: 64 stay, and 4 of those with an output too big to be told in one message.
 prune() {
     n=0 big=0
-    for o in $(ls -t "$base/ops"); do
-        o=$base/ops/$o
-        read -r state code ol ot el et end <"$o/result" || end=
+    cd "$base/ops" || return
+    for o in $(ls -t); do
+        case $o in *.run) o=${o%.run} ;; *) continue ;; esac
+        read -r state code ol ot el et end <"$o.result" || end=
         if [ "$end" != . ]; then
-            read -r pid start was <"$o/run" || continue
+            read -r pid start was <"$o.run" || continue
             [ "$was" != "$boot" ] || ! alive "$pid" "$start" || continue
             ol=0 el=0
         fi
-        n=$((n + 1))
-        drop=
+        n=$((n + 1)) keep=1
         if [ $((ol + el)) -gt "$inline" ]; then
             big=$((big + 1))
-            [ "$big" -le 4 ] || drop=1
+            [ "$big" -le 4 ] || keep=
         fi
-        [ "$n" -le 64 ] || drop=1
-        # First out of the way in one step: half a folder would look like a run that died.
-        [ ! "$drop" ] || mv -f "$o" "$base/gone.$$.$n"
+        # `run` goes last: while it is there nobody runs this again.
+        [ "$keep" ] && [ "$n" -le 64 ] || {
+            rm -f "$o".[!r]* "$o.result"
+            rm -f "$o.run"
+        }
     done
-    rm -rf "$base"/gone.*
 }
 
 # Tells result $1..$6 (state, exit code, length and cut of stdout and of stderr), with the output when it is small.
 tell() {
     if [ $(($3 + $5)) -le "$inline" ]; then
         printf 'ocr1 %s %s %s %s %s %s 1\n' "$@"
-        [ "$3" = 0 ] || head -c "$3" "$d/out"
-        [ "$5" = 0 ] || head -c "$5" "$d/err"
+        [ "$3" = 0 ] || head -c "$3" "$d.out"
+        [ "$5" = 0 ] || head -c "$5" "$d.err"
     else
         printf 'ocr1 %s %s %s %s %s %s 0\n' "$@"
     fi
@@ -151,13 +153,13 @@ tell() {
 
 # Tells the result when there is one. A result without its dot was cut by a crash.
 recall() {
-    read -r state code ol ot el et end <"$d/result" || return 0
+    read -r state code ol ot el et end <"$d.result" || return 0
     [ "$end" != . ] || tell "$state" "$code" "$ol" "$ot" "$el" "$et"
 }
 
 # Nothing was run: leaves no trace of it, and says why.
 undo() {
-    rm -rf "$d"
+    rm -f "$d".*
     say "$@"
 }
 
@@ -167,9 +169,9 @@ attach() {
     end=$((now + deadline + 3000)) orphan=$((now + 1000))
     while :; do
         recall
-        [ -d "$d" ] || say again
+        [ -e "$d.run" ] || say again
         clock
-        if read -r pid start was <"$d/run" && [ -n "$was" ]; then
+        if read -r pid start was <"$d.run" && [ -n "$was" ]; then
             [ "$was" = "$boot" ] || say rebooted
             alive "$pid" "$start" || {
                 recall
@@ -183,30 +185,45 @@ attach() {
     done
 }
 
+# Takes the lock, which says who has it: of all who ask, one makes the file.
+take() {
+    set -C
+    echo "$me $boot" >"$d.run" && got=0 || got=1
+    set +C
+    return $got
+}
+
 run() {
-    stat $$
-    set -- $stat
-    echo "$$ ${20} $boot" >"$d/run" || undo fail "cannot write in $d"
     in=/dev/null
     if [ -z "$staged" ] && [ "$head" = "$total" ]; then
+        text=
+        if [ "$head" -lt 2000 ]; then
+            # Byte by byte, and still quicker than a program.
+            while IFS= read -r line; do
+                text="$text$line
+"
+            done
+            text=$text$line
+        else
+            text=$(cat)
+        fi
         # The mark at the end proves that all of it came: half a command must never run.
-        text=$(cat)
         case $text in *'#ocr') ;; *) undo again ;; esac
-        printf %s "${text%#ocr}" >"$d/cmd" || undo fail "cannot write in $d"
+        printf %s "${text%#ocr}" >"$d.cmd" || undo fail "cannot write in $base"
         text=
     else
         all=$staged
         if [ -z "$all" ]; then
-            all=$d/all
-            cat >"$all" || undo fail "cannot write in $d"
+            all=$d.all
+            cat >"$all" || undo fail "cannot write in $base"
         fi
         [ "$(wc -c <"$all")" = "$total" ] || undo again
-        head -c "$head" "$all" >"$d/cmd" && tail -c "+$((head + 1))" "$all" >"$d/stdin" ||
-            undo fail "cannot write in $d"
+        head -c "$head" "$all" >"$d.cmd" && tail -c "+$((head + 1))" "$all" >"$d.stdin" ||
+            undo fail "cannot write in $base"
         rm -f "$all"
-        in=$d/stdin
+        in=$d.stdin
     fi
-    : >"$d/out" && : >"$d/err" && : >"$d/pids" || undo fail "cannot write in $d"
+    : >"$d.out" && : >"$d.err" || undo fail "cannot write in $base"
     clock
     end=$((now + deadline))
     watch </dev/null >/dev/null &
@@ -215,37 +232,38 @@ run() {
     cd /
     : "${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"
     export PATH
+    # A session of its own: a signal to its whole group, whoever sends it, does not reach us, nor ours it.
     # In the foreground: a shell's background command ignores interrupts for good. It appends, see clip.
     if [ -z "$user" ]; then
         : "${HOME:=/root}" "${USER:=root}" "${LOGNAME:=root}"
         export HOME USER LOGNAME
-        setsid /bin/sh -c 'echo $$ >&4; . "$1"' sh "$d/cmd" <"$in" >>"$d/out" 2>>"$d/err" 4>>"$d/pids"
+        setsid /bin/sh -c 'echo $$ >&4; . "$1"' sh "$d.cmd" <"$in" >>"$d.out" 2>>"$d.err" 4>>"$d.pids"
     else
         # Its own, so that it can open /dev/stdout; nobody but root gets through the folders to them.
-        chown "$user" "$d/out" "$d/err"
+        chown "$user" "$d.out" "$d.err"
         # su begins another session. The user may not open the command's file, but read what root opened.
         USER=$user LOGNAME=$user setsid /bin/sh -c 'echo $$ >&4
             exec su -s /bin/sh "$1" -c '\''echo $$ >&4; eval "exec 3<&- 4>&-;$(cat <&3)"'\' sh "$user" \
-            <"$in" >>"$d/out" 2>>"$d/err" 3<"$d/cmd" 4>>"$d/pids"
+            <"$in" >>"$d.out" 2>>"$d.err" 3<"$d.cmd" 4>>"$d.pids"
     fi
     code=$? state=done
     umask 077
-    [ -e "$d/late" ] || kill "$watch"
+    [ -e "$d.late" ] || kill -KILL "$watch"
     wait "$watch"
-    if [ -e "$d/late" ]; then
+    if [ -e "$d.late" ]; then
         state=late
     elif [ -n "$user" ]; then
-        { read -r first && read -r second; } <"$d/pids" || state=refused
+        { read -r first && read -r second; } <"$d.pids" || state=refused
     fi
     # Emptied, not removed: that costs no fork.
-    : >"$d/cmd"
+    : >"$d.cmd"
     [ "$in" = /dev/null ] || : >"$in"
     measure out
     ol=$size ot=$cut
     measure err
     # One write: who reads sees nothing or all of it.
-    echo "$state $code $ol $ot $size $cut ." >"$d/result"
-    set -- "$base"/ops/*
+    echo "$state $code $ol $ot $size $cut ." >"$d.result"
+    set -- "$base"/ops/*.run
     if [ $# -gt 128 ] || [ $((ol + size)) -gt "$inline" ]; then
         prune </dev/null >/dev/null &
     fi
@@ -255,17 +273,21 @@ run() {
 case $mode in
 exec)
     d=$base/ops/$1 deadline=$2 limit=$3 inline=$4 head=$5 total=$6 staged=$7 user=$8 since=$9
-    # The agent that listens may die before we end, and a message to nobody would end us too.
+    # The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
+    # group. Handlers are not inherited, as what is ignored is.
     exec 2>/dev/null
+    trap : HUP INT QUIT TERM
     read -r boot </proc/sys/kernel/random/boot_id
-    if [ ! -d "$d" ]; then
+    if [ ! -e "$d.run" ]; then
         clock
         # The guest booted after this was first asked for; a run of that time may have left no trace.
         [ "$now" -ge "$since" ] || say rebooted
         [ -z "$user" ] || id -u "$user" >/dev/null || say nouser
-        # mkdir is the lock: of all who ask, one makes the folder, and runs.
-        if mkdir "$d" || { mkdir -p "$base/ops" && mkdir "$d"; }; then run; fi
-        [ -d "$d" ] || say fail "$(LC_ALL=C mkdir "$d" 2>&1)"
+        stat $$
+        set -- $stat
+        me="$$ ${20}"
+        if take || { mkdir -p "$base/ops" && take; }; then run; fi
+        [ -e "$d.run" ] || say fail "$( (: >"$d.run") 2>&1)"
     fi
     [ -z "$staged" ] || rm -f "$staged"
     attach

@@ -23,7 +23,12 @@ pub(crate) fn find(name: &str, package: &str) -> Result<PathBuf, String> {
     }
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("cargo's folder has a parent").to_owned();
     let unpacked = target.join("guest-agent");
-    let look = || ["bin", "usr/bin", "usr/sbin"].map(|folder| unpacked.join(folder).join(name)).into_iter().find(|file| file.is_file());
+    let look = || {
+        ["bin", "usr/bin", "usr/sbin"]
+            .map(|folder| unpacked.join(folder).join(name))
+            .into_iter()
+            .find(|file| file.is_file())
+    };
     static UNPACKING: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let _turn = UNPACKING.lock();
     if let Some(found) = look() {
