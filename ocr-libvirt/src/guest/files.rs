@@ -117,8 +117,12 @@ impl<L: AgentLink> AgentGuest<L> {
         let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
-            "file" => Err(Error::unavailable("the file changed while it was read")),
-            "large" => self.read_whole(vm, path, reply.number(0)?, until).await,
+            "file" => Err(changed()),
+            "large" => {
+                let size = reply.number(0)?;
+                let content = self.read_from(vm, path, 0, size as usize, until).await?;
+                if content.len() as u64 == size { Ok(content) } else { Err(changed()) }
+            }
             "over" => Err(Error::new(
                 ErrorKind::Exhausted,
                 format!("{} has {} bytes, the limit is {limit_bytes}", shown(path), reply.number(0)?),
@@ -164,18 +168,28 @@ async fn write<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, content: &[
     result.and(closed)
 }
 
-/// Reads a file's first `count` bytes; less when it is shorter.
-pub(super) async fn read<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, count: u64) -> Result<Bytes> {
-    if count == 0 {
-        return Ok(Bytes::new());
-    }
+fn changed() -> Error {
+    Error::unavailable("the file changed while it was read")
+}
+
+/// Reads at most `count` bytes from `offset` on; less when the file ends before.
+pub(super) async fn read<L: AgentLink>(
+    agent: &Agent<L>,
+    vm: VmId,
+    path: &str,
+    offset: u64,
+    count: usize,
+) -> Result<Bytes> {
     let handle = agent.open(vm, path, "r").await?;
     let result = async {
-        let mut content = BytesMut::with_capacity(count as usize);
-        while (content.len() as u64) < count {
-            let (bytes, eof) = agent.read(vm, handle, READ_BYTES.min(count as usize - content.len())).await?;
+        if offset > 0 {
+            agent.seek(vm, handle, offset).await?;
+        }
+        let mut content = BytesMut::new();
+        while content.len() < count {
+            let (bytes, eof) = agent.read(vm, handle, READ_BYTES.min(count - content.len())).await?;
             content.extend_from_slice(&bytes);
-            if eof && bytes.is_empty() {
+            if eof {
                 break;
             }
         }

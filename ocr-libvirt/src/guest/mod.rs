@@ -28,7 +28,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use self::{
     agent::{Agent, Exited, Handle, is_outage, is_refusal, is_untouched},
-    runner::{INLINE_BYTES, Input, Reply, SCRIPT},
+    runner::{INLINE_BYTES, Input, Output, Reply, SCRIPT},
 };
 
 /// Carries one command of the QEMU guest agent (JSON text) to a machine, and its answer (JSON text) back.
@@ -212,17 +212,14 @@ impl<L: AgentLink> AgentGuest<L> {
         }
     }
 
-    /// Reads a file of the runner's, of which `count` bytes are known to be there.
-    async fn read_whole(&self, vm: VmId, path: &str, count: u64, until: Instant) -> Result<Bytes> {
+    /// Reads at most `count` bytes of a file from `offset` on.
+    async fn read_from(&self, vm: VmId, path: &str, offset: u64, count: usize, until: Instant) -> Result<Bytes> {
         loop {
-            match files::read(&self.agent, vm, path, count).await {
-                Err(error) if (is_outage(&error) || is_refusal(&error)) && Instant::now() < until => {
+            match files::read(&self.agent, vm, path, offset, count).await {
+                Err(error) if (is_outage(&error) || is_refusal(&error)) && Instant::now() + MAX_PAUSE < until => {
                     // The agent restarted, and its handles are gone.
                     tracing::debug!(%vm, %error, "lost an open file in the guest, reading again");
                     tokio::time::sleep(MAX_PAUSE).await;
-                }
-                Ok(bytes) if bytes.len() as u64 != count => {
-                    return Err(Error::internal("a file in the guest became shorter while it was read"));
                 }
                 result => return result,
             }
@@ -271,29 +268,27 @@ impl<L: AgentLink> AgentGuest<L> {
             tokio::time::sleep(MAX_PAUSE).await;
         };
         let ended = runner::ended(&reply, request)?;
-        let (stdout, stderr) = match ended.output {
-            Some(mut output) => {
-                let stderr = output.split_off(ended.stdout_bytes as usize);
-                (output, stderr)
-            }
-            None => {
-                let until = until.max(Instant::now() + self.transfer_limit(ended.stdout_bytes + ended.stderr_bytes));
-                (
-                    self.read_whole(vm, &format!("{files}.out"), ended.stdout_bytes, until).await?,
-                    self.read_whole(vm, &format!("{files}.err"), ended.stderr_bytes, until).await?,
-                )
-            }
-        };
+        let until = until.max(Instant::now() + self.transfer_limit(2 * limit));
+        let (stdout, stdout_truncated) = self.whole(vm, ended.stdout, &format!("{files}.out"), limit, until).await?;
+        let (stderr, stderr_truncated) = self.whole(vm, ended.stderr, &format!("{files}.err"), limit, until).await?;
         if let Some(progress) = progress {
             progress.finish(&self.agent, vm, [&stdout, &stderr]).await;
         }
-        Ok(ExecOutput {
-            exit_code: ended.exit_code,
-            stdout,
-            stderr,
-            stdout_truncated: ended.stdout_truncated,
-            stderr_truncated: ended.stderr_truncated,
-        })
+        Ok(ExecOutput { exit_code: ended.exit_code, stdout, stderr, stdout_truncated, stderr_truncated })
+    }
+
+    /// An output up to the limit, and whether there was more.
+    async fn whole(&self, vm: VmId, output: Output, path: &str, limit: u64, until: Instant) -> Result<(Bytes, bool)> {
+        let limit = limit as usize;
+        let mut bytes = output.begin;
+        if output.more && bytes.len() <= limit {
+            // A byte over the limit is not for the caller, but tells that it is there.
+            let rest = self.read_from(vm, path, bytes.len() as u64, limit + 1 - bytes.len(), until).await?;
+            bytes = [bytes, rest].concat().into();
+        }
+        let truncated = output.cut || bytes.len() > limit;
+        bytes.truncate(limit);
+        Ok((bytes, truncated))
     }
 
     /// How long moving this much may take.

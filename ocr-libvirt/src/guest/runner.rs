@@ -16,9 +16,9 @@ pub(super) static SCRIPT: LazyLock<String> = LazyLock::new(|| {
 /// Ends a request that comes without stdin, so that the runner knows that it is whole.
 const END_MARK: &str = "#ocr";
 
-/// Output of at most this many bytes, both streams together, comes back in the same message as the exit code.
-/// As base64 that is far below the 4 MiB that a reply may have on its way through libvirt.
-pub(super) const INLINE_BYTES: u64 = 512 << 10;
+/// So much of each output comes back in the same message as the exit code, and one byte more when there is more.
+/// As base64 both are far below the 4 MiB that a reply may have on its way through libvirt.
+pub(super) const INLINE_BYTES: usize = 512 << 10;
 
 /// Variables that some shell keeps for itself: an assignment ends it, or is lost.
 const SHELL_VARIABLES: [&str; 9] =
@@ -86,11 +86,12 @@ fn quote(line: &mut String, text: &str) {
     line.push('\'');
 }
 
-/// What the runner answered: the words after `ocr1`, and what follows that line.
+/// What the runner answered: the words after `ocr1`, what follows that line, and what came by stderr.
 #[derive(Debug)]
 pub(super) struct Reply {
     words: Vec<String>,
     pub(super) body: Bytes,
+    pub(super) beside: Bytes,
 }
 
 impl Reply {
@@ -99,7 +100,7 @@ impl Reply {
         let end = exited.stdout.iter().position(|byte| *byte == b'\n')?;
         let line = String::from_utf8_lossy(&exited.stdout[..end]);
         let words = line.strip_prefix("ocr1 ")?.split(' ').map(str::to_owned).collect();
-        Some(Self { words, body: exited.stdout.slice(end + 1..) })
+        Some(Self { words, body: exited.stdout.slice(end + 1..), beside: exited.stderr.clone() })
     }
 
     pub(super) fn state(&self) -> &str {
@@ -146,30 +147,23 @@ impl Reply {
 #[derive(Debug)]
 pub(super) struct Ended {
     pub(super) exit_code: i32,
-    pub(super) stdout_bytes: u64,
-    pub(super) stdout_truncated: bool,
-    pub(super) stderr_bytes: u64,
-    pub(super) stderr_truncated: bool,
-    /// Both outputs, one after the other, where they are small.
-    pub(super) output: Option<Bytes>,
+    pub(super) stdout: Output,
+    pub(super) stderr: Output,
 }
 
-impl Ended {
-    fn of(reply: &Reply) -> Result<Self> {
-        let ended = Self {
-            exit_code: i32::try_from(reply.number(0)?).map_err(|_| reply.senseless())?,
-            stdout_bytes: reply.number(1)?,
-            stdout_truncated: reply.number(2)? == 1,
-            stderr_bytes: reply.number(3)?,
-            stderr_truncated: reply.number(4)? == 1,
-            output: (reply.number(5)? == 1).then(|| reply.body.clone()),
-        };
-        match &ended.output {
-            Some(output) if output.len() as u64 != ended.stdout_bytes + ended.stderr_bytes => {
-                Err(Error::internal("the output that came from the guest is not as long as the runner said"))
-            }
-            _ => Ok(ended),
-        }
+/// What came back of an output.
+#[derive(Debug)]
+pub(super) struct Output {
+    pub(super) begin: Bytes,
+    /// Whether there is more in the file.
+    pub(super) more: bool,
+    /// Whether the runner cut it, at the request's limit.
+    pub(super) cut: bool,
+}
+
+impl Output {
+    fn of(begin: &Bytes, cut: bool) -> Self {
+        Self { begin: begin.clone(), more: begin.len() > INLINE_BYTES, cut }
     }
 }
 
@@ -180,14 +174,18 @@ impl Ended {
 pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
     use ocr_core::Retry::Never;
     match reply.state() {
-        "done" => Ended::of(reply),
+        "done" => Ok(Ended {
+            exit_code: i32::try_from(reply.number(0)?).map_err(|_| reply.senseless())?,
+            stdout: Output::of(&reply.body, reply.number(1)? == 1),
+            stderr: Output::of(&reply.beside, reply.number(2)? == 1),
+        }),
         "late" => Err(Error::timed_out(format!(
             "the command did not end in {} and was ended, with its children",
             seconds(request.deadline)
         ))
         .with_retry(Never)),
         "refused" => {
-            let text = String::from_utf8_lossy(&reply.body);
+            let text = String::from_utf8_lossy(&reply.beside);
             Err(Error::new(
                 ErrorKind::Denied,
                 format!("the guest does not let this user run commands: {}", shown(text.trim())),

@@ -12,6 +12,7 @@
 #                    and `err`; `late` past its deadline; `result` at its end
 #   in/              staged input that is too big for one message of the agent
 #
+# `true >FILE` and not `: >FILE`: a special builtin whose redirection fails ends the shell.
 # Programs are what it costs (a millisecond each, several in an emulated guest), so builtins do what they can.
 # Lines that begin with # and indentation are cut before it is sent.
 
@@ -52,21 +53,16 @@ clip() {
         head -c "$limit" "$d.$1" >"$d.$1.part"
         mv -f "$d.$1.part" "$d.$1.kept"
     fi
-    : >"$d.$1"
+    true >"$d.$1"
 }
 
-# Sets $size and $cut (0 or 1) of output $1, at the end.
-measure() {
-    size=0 cut=0
+# Sets $cut of output $1 at the end: whether there was more than $limit. $2 is where the last writer was.
+settle() {
+    cut=0
+    [ "$2" -le "$limit" ] || clip "$1"
     if [ -e "$d.$1.kept" ]; then
         mv -f "$d.$1.kept" "$d.$1"
         cut=1
-    fi
-    [ ! -s "$d.$1" ] || size=$(wc -c <"$d.$1")
-    if [ "$size" -gt "$limit" ]; then
-        head -c "$limit" "$d.$1" >"$d.$1.part"
-        mv -f "$d.$1.part" "$d.$1"
-        size=$limit cut=1
     fi
 }
 
@@ -101,7 +97,7 @@ watch() {
         clip err
         clock
         [ "$now" -ge "$end" ] || continue
-        : >"$d.late"
+        true >"$d.late"
         hunt
         kill -TERM $prey
         sleep 1
@@ -120,14 +116,14 @@ prune() {
     cd "$base/ops" || return
     for o in $(ls -t); do
         case $o in *.run) o=${o%.run} ;; *) continue ;; esac
-        read -r state code ol ot el et end <"$o.result" || end=
+        read -r state code ocut ecut size end <"$o.result" || end=
         if [ "$end" != . ]; then
             read -r pid start was <"$o.run" || continue
             [ "$was" != "$boot" ] || ! alive "$pid" "$start" || continue
-            ol=0 el=0
+            size=0
         fi
         n=$((n + 1)) keep=1
-        if [ $((ol + el)) -gt "$inline" ]; then
+        if [ "$size" -gt "$inline" ]; then
             big=$((big + 1))
             [ "$big" -le 4 ] || keep=
         fi
@@ -139,22 +135,19 @@ prune() {
     done
 }
 
-# Tells result $1..$6 (state, exit code, length and cut of stdout and of stderr), with the output when it is small.
+# Tells result $1..$4 (state, exit code, whether stdout and stderr were cut), and as much of the outputs as one answer
+# may have: stdout after the line, stderr by ours. One byte more tells that this is not all.
 tell() {
-    if [ $(($3 + $5)) -le "$inline" ]; then
-        printf 'ocr1 %s %s %s %s %s %s 1\n' "$@"
-        [ "$3" = 0 ] || head -c "$3" "$d.out"
-        [ "$5" = 0 ] || head -c "$5" "$d.err"
-    else
-        printf 'ocr1 %s %s %s %s %s %s 0\n' "$@"
-    fi
+    printf 'ocr1 %s %s %s %s\n' "$@"
+    [ ! -s "$d.out" ] || head -c "$((inline + 1))" "$d.out"
+    [ ! -s "$d.err" ] || head -c "$((inline + 1))" "$d.err" >&3
     exit 0
 }
 
 # Tells the result when there is one. A result without its dot was cut by a crash.
 recall() {
-    read -r state code ol ot el et end <"$d.result" || return 0
-    [ "$end" != . ] || tell "$state" "$code" "$ol" "$ot" "$el" "$et"
+    read -r state code ocut ecut size end <"$d.result" || return 0
+    [ "$end" != . ] || tell "$state" "$code" "$ocut" "$ecut"
 }
 
 # Nothing was run: leaves no trace of it, and says why.
@@ -223,10 +216,11 @@ run() {
         rm -f "$all"
         in=$d.stdin
     fi
-    : >"$d.out" && : >"$d.err" || undo fail "cannot write in $base"
+    true 4>"$d.pids" 5>"$d.out" 6>"$d.err" || undo fail "cannot write in $base"
+    exec 4>>"$d.pids" 5>>"$d.out" 6>>"$d.err"
     clock
     end=$((now + deadline))
-    watch </dev/null >/dev/null &
+    watch </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&- &
     watch=$!
     umask 022
     cd /
@@ -237,14 +231,14 @@ run() {
     if [ -z "$user" ]; then
         : "${HOME:=/root}" "${USER:=root}" "${LOGNAME:=root}"
         export HOME USER LOGNAME
-        setsid /bin/sh -c 'echo $$ >&4; . "$1"' sh "$d.cmd" <"$in" >>"$d.out" 2>>"$d.err" 4>>"$d.pids"
+        setsid /bin/sh -c 'echo $$ >&4; . "$1"' sh "$d.cmd" <"$in" >&5 2>&6 3>&- 5>&- 6>&-
     else
         # Its own, so that it can open /dev/stdout; nobody but root gets through the folders to them.
         chown "$user" "$d.out" "$d.err"
         # su begins another session. The user may not open the command's file, but read what root opened.
         USER=$user LOGNAME=$user setsid /bin/sh -c 'echo $$ >&4
             exec su -s /bin/sh "$1" -c '\''echo $$ >&4; eval "exec 3<&- 4>&-;$(cat <&3)"'\' sh "$user" \
-            <"$in" >>"$d.out" 2>>"$d.err" 3<"$d.cmd" 4>>"$d.pids"
+            <"$in" >&5 2>&6 3<"$d.cmd" 5>&- 6>&-
     fi
     code=$? state=done
     umask 077
@@ -256,18 +250,22 @@ run() {
         { read -r first && read -r second; } <"$d.pids" || state=refused
     fi
     # Emptied, not removed: that costs no fork.
-    : >"$d.cmd"
-    [ "$in" = /dev/null ] || : >"$in"
-    measure out
-    ol=$size ot=$cut
-    measure err
+    true >"$d.cmd"
+    [ "$in" = /dev/null ] || true >"$in"
+    # Where a file's last writer was is its size, unless somebody opened it anew, and costs no program.
+    read -r name osize </proc/self/fdinfo/5
+    read -r name esize </proc/self/fdinfo/6
+    settle out "$osize"
+    ocut=$cut
+    settle err "$esize"
+    [ "$osize" -ge "$esize" ] || osize=$esize
     # One write: who reads sees nothing or all of it.
-    echo "$state $code $ol $ot $size $cut ." >"$d.result"
+    echo "$state $code $ocut $cut $osize ." >"$d.result"
     set -- "$base"/ops/*.run
-    if [ $# -gt 128 ] || [ $((ol + size)) -gt "$inline" ]; then
-        prune </dev/null >/dev/null &
+    if [ $# -gt 128 ] || [ "$osize" -gt "$inline" ]; then
+        prune </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&- &
     fi
-    tell "$state" "$code" "$ol" "$ot" "$size" "$cut"
+    tell "$state" "$code" "$ocut" "$cut"
 }
 
 case $mode in
@@ -275,7 +273,7 @@ exec)
     d=$base/ops/$1 deadline=$2 limit=$3 inline=$4 head=$5 total=$6 staged=$7 user=$8 since=$9
     # The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
     # group. Handlers are not inherited, as what is ignored is.
-    exec 2>/dev/null
+    exec 3>&2 2>/dev/null
     trap : HUP INT QUIT TERM
     read -r boot </proc/sys/kernel/random/boot_id
     if [ ! -e "$d.run" ]; then
@@ -287,7 +285,7 @@ exec)
         set -- $stat
         me="$$ ${20}"
         if take || { mkdir -p "$base/ops" && take; }; then run; fi
-        [ -e "$d.run" ] || say fail "$( (: >"$d.run") 2>&1)"
+        [ -e "$d.run" ] || say fail "$( (true >"$d.run") 2>&1)"
     fi
     [ -z "$staged" ] || rm -f "$staged"
     attach
@@ -297,7 +295,7 @@ stage)
     error=$(mkdir -p "$base/in" 2>&1) || say fail "$error"
     # What a host that died has left.
     find "$base/in" -type f -mtime +0 -exec rm -f {} +
-    error=$( (: >"$base/in/$1") 2>&1) || say fail "$error"
+    error=$( (true >"$base/in/$1") 2>&1) || say fail "$error"
     say ok
     ;;
 put)
