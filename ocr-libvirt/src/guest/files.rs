@@ -11,7 +11,7 @@ use super::{
     AgentGuest, AgentLink, MAX_FILE_BYTES,
     agent::{Agent, is_outage, is_refusal},
     check_argument, check_user,
-    runner::{INLINE_BYTES, unknown_user},
+    runner::{FILE, INLINE_BYTES, unknown_user},
 };
 
 /// The most that goes into the guest in one message, in bytes. libvirt loses count of a message that does not fit into
@@ -20,6 +20,9 @@ const PIECE_BYTES: usize = 48 << 10;
 
 /// The most that is read in one message: below libvirt's 4 MiB, and small enough that others have their turn.
 const READ_BYTES: usize = 512 << 10;
+
+/// How often a content is sent that arrives damaged.
+const MAX_TRIES: u32 = 3;
 
 /// The pause before a transfer begins anew.
 const RESTART_PAUSE: Duration = Duration::from_millis(250);
@@ -34,7 +37,7 @@ impl<L: AgentLink> AgentGuest<L> {
         loop {
             let name = OperationId::random().to_string();
             let arguments = |_| vec!["stage".to_owned(), self.config.base.clone(), name.clone()];
-            let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
+            let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
             match reply.state() {
                 "ok" => {}
                 "fail" => return Err(reply.failure()),
@@ -73,29 +76,36 @@ impl<L: AgentLink> AgentGuest<L> {
         let until = Instant::now() + self.transfer_limit(file.content.len() as u64);
         let digest = Sha256::digest(&file.content);
         let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        let staged = self.stage(vm, &file.content, until).await?;
         let id = OperationId::random().to_string();
-        let arguments = |_| {
-            vec![
-                "put".to_owned(),
-                self.config.base.clone(),
-                file.path.clone(),
-                staged.clone().unwrap_or_default(),
-                digest.clone(),
-                format!("{mode:o}"),
-                file.owner.clone().unwrap_or_default(),
-                u8::from(file.make_parents).to_string(),
-                id.clone(),
-            ]
+        let mut tries = 0;
+        let reply = loop {
+            let staged = self.stage(vm, &file.content, until).await?;
+            let arguments = |_| {
+                vec![
+                    "put".to_owned(),
+                    self.config.base.clone(),
+                    file.path.clone(),
+                    staged.clone().unwrap_or_default(),
+                    digest.clone(),
+                    format!("{mode:o}"),
+                    file.owner.clone().unwrap_or_default(),
+                    u8::from(file.make_parents).to_string(),
+                    id.clone(),
+                ]
+            };
+            let content: &[u8] = if staged.is_some() { &[] } else { &file.content };
+            let reply = self.runner(vm, FILE, arguments, content, &mut None, until, &mut None).await?;
+            tries += 1;
+            if reply.state() != "again" || tries == MAX_TRIES || Instant::now() >= until {
+                break reply;
+            }
         };
-        let content: &[u8] = if staged.is_some() { &[] } else { &file.content };
-        let reply = self.runner(vm, arguments, content, &mut None, until, &mut None).await?;
         match reply.state() {
             "ok" => Ok(()),
             "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(&file.path)))),
             "noparent" => Err(Error::not_found(format!("the guest has no folder for {}", shown(&file.path)))),
             "noowner" => Err(unknown_user("owner", file.owner.as_deref().unwrap_or_default())),
-            "mismatch" => Err(Error::internal("the content that reached the guest has another digest")),
+            "again" => Err(Error::unavailable("the content that reached the guest has another digest")),
             "fail" => Err(reply.failure()),
             _ => Err(reply.senseless()),
         }
@@ -114,7 +124,7 @@ impl<L: AgentLink> AgentGuest<L> {
                 INLINE_BYTES.to_string(),
             ]
         };
-        let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
+        let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
             "file" => Err(changed()),
@@ -140,7 +150,7 @@ impl<L: AgentLink> AgentGuest<L> {
         check_argument("path", path)?;
         let until = Instant::now() + self.transfer_limit(0);
         let arguments = |_| vec!["remove".to_owned(), self.config.base.clone(), path.to_owned()];
-        let reply = self.runner(vm, arguments, &[], &mut None, until, &mut None).await?;
+        let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "ok" => Ok(Deletion::Deleted),
             "missing" => Ok(Deletion::AlreadyGone),

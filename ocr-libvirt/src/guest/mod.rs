@@ -28,7 +28,7 @@ use tokio::{sync::mpsc, time::Instant};
 
 use self::{
     agent::{Agent, Exited, Handle, is_outage, is_refusal, is_untouched},
-    runner::{INLINE_BYTES, Input, Output, Reply, SCRIPT},
+    runner::{INLINE_BYTES, Input, Output, RUN, Reply, Script},
 };
 
 /// Carries one command of the QEMU guest agent (JSON text) to a machine, and its answer (JSON text) back.
@@ -127,6 +127,7 @@ impl<L: AgentLink> AgentGuest<L> {
     async fn runner(
         &self,
         vm: VmId,
+        script: Script,
         arguments: impl Fn(Duration) -> Vec<String>,
         input: &[u8],
         asked: &mut Option<Instant>,
@@ -136,7 +137,9 @@ impl<L: AgentLink> AgentGuest<L> {
         let (mut silent, mut pause) = (0, Duration::from_millis(50));
         loop {
             let since = asked.map(|asked| asked.elapsed());
-            let lost = match self.attempt(vm, arguments(since.unwrap_or_default()), input, asked, until, progress).await
+            let lost = match self
+                .attempt(vm, script, arguments(since.unwrap_or_default()), input, asked, until, progress)
+                .await
             {
                 Ok(exited) => match Reply::of(&exited) {
                     Some(reply) => return Ok(reply),
@@ -167,13 +170,14 @@ impl<L: AgentLink> AgentGuest<L> {
     async fn attempt(
         &self,
         vm: VmId,
+        script: Script,
         arguments: Vec<String>,
         input: &[u8],
         asked: &mut Option<Instant>,
         until: Instant,
         progress: &mut Option<Progress<'_>>,
     ) -> Result<Exited, Lost> {
-        let mut argv = vec!["-c".to_owned(), SCRIPT.clone(), "ocr-run".to_owned()];
+        let mut argv = vec!["-c".to_owned(), script.text(), script.name.to_owned()];
         argv.extend(arguments);
         let started = Instant::now();
         let pid = match self.agent.start(vm, "/bin/sh", &argv, input).await {
@@ -243,7 +247,6 @@ impl<L: AgentLink> AgentGuest<L> {
             let staged = self.stage(vm, input.staged(), until).await?;
             let arguments = |since: Duration| {
                 vec![
-                    "exec".to_owned(),
                     self.config.base.clone(),
                     request.operation.to_string(),
                     deadline_cs.to_string(),
@@ -257,7 +260,7 @@ impl<L: AgentLink> AgentGuest<L> {
                 ]
             };
             let sent: &[u8] = if staged.is_some() { &[] } else { &input.bytes };
-            let reply = self.runner(vm, arguments, sent, &mut asked, until, &mut progress).await?;
+            let reply = self.runner(vm, RUN, arguments, sent, &mut asked, until, &mut progress).await?;
             if reply.state() != "again" {
                 break reply;
             }

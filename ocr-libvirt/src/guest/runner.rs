@@ -7,11 +7,34 @@ use ocr_core::{Command, Error, ErrorKind, ExecRequest, Result, error::seconds, i
 
 use super::agent::Exited;
 
-/// The script as it is sent: comments and indentation cost time on the way into the guest.
-pub(super) static SCRIPT: LazyLock<String> = LazyLock::new(|| {
-    let lines = include_str!("runner.sh").lines().map(str::trim_start);
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()
-});
+/// A script of the guest's half.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Script {
+    /// What it is called in the guest's list of processes.
+    pub(super) name: &'static str,
+    text: &'static LazyLock<String>,
+}
+
+/// Runs commands.
+pub(super) const RUN: Script = Script { name: "ocr-run", text: &RUN_TEXT };
+
+/// Moves files.
+pub(super) const FILE: Script = Script { name: "ocr-file", text: &FILE_TEXT };
+
+static RUN_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("runner.sh")));
+static FILE_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("files.sh")));
+
+/// A script without comments and indentation: they cost time on the way into the guest.
+fn stripped(script: &str) -> String {
+    let lines = script.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+impl Script {
+    pub(super) fn text(self) -> String {
+        self.text.to_string()
+    }
+}
 
 /// Ends a request that comes without stdin, so that the runner knows that it is whole.
 const END_MARK: &str = "#ocr";

@@ -1,24 +1,21 @@
-# The guest's half of every operation: one POSIX shell script, handed to `sh -c` by the guest agent.
+# The guest's half of running a command: a POSIX shell script, handed to `sh -c` by the guest agent.
 #
-#   /bin/sh -c SCRIPT ocr-run MODE BASE ARGUMENT...
+#   /bin/sh -c SCRIPT ocr-run BASE OPERATION ARGUMENT...
 #
-# It needs sh, cat, chmod, chown, find, head, id, ls, mkdir, mv, rm, setsid, sha256sum, sleep, su, tail and wc,
-# as coreutils and busybox have them, and /proc. It answers with one line, `ocr1 STATE ...`, and what the state
-# carries; its exit code says nothing. What may be secret (command, environment, stdin, content) comes by stdin or
-# in a staged file, never as an argument.
+# It needs sh, cat, chown, head, id, mkdir, mv, rm, setsid, sleep, sort, su, tail and wc, as coreutils and busybox have
+# them, and /proc. It answers with one line, `ocr1 STATE ...`, and what the state carries; its exit code says nothing.
+# What may be secret (command, environment, stdin) comes by stdin or in a staged file, never as an argument.
 #
 # BASE (0700) holds
 #   ops/OPERATION.*  one run: `run` says who runs it, `pids` its sessions; `cmd` and `stdin` until it ends; `out`
 #                    and `err`; `late` past its deadline; `result` at its end
-#   in/              staged input that is too big for one message of the agent
+#   in/              staged input, see files.sh
 #
 # `true >FILE` and not `: >FILE`: a special builtin whose redirection fails ends the shell.
 # Programs are what it costs (a millisecond each, several in an emulated guest), so builtins do what they can.
 # Lines that begin with # and indentation are cut before it is sent.
 
 umask 077
-mode=$1 base=$2
-shift 2
 
 say() {
     printf 'ocr1 %s\n' "$*"
@@ -112,16 +109,20 @@ watch() {
 
 # Drops the oldest runs: 64 stay, and 4 of those with an output too big to be told in one message.
 prune() {
-    n=0 big=0
     cd "$base/ops" || return
-    for o in $(ls -t); do
-        case $o in *.run) o=${o%.run} ;; *) continue ;; esac
-        read -r state code ocut ecut size end <"$o.result" || end=
-        if [ "$end" != . ]; then
-            read -r pid start was <"$o.run" || continue
-            [ "$was" != "$boot" ] || ! alive "$pid" "$start" || continue
-            size=0
+    n=0 big=0
+    for o in *.run; do
+        o=${o%.run}
+        read -r pid start was <"$o.run" || continue
+        read -r state code ocut ecut size ended end <"$o.result" || end=
+        if [ "$was" != "$boot" ]; then
+            ended=0
+        elif [ "$end" != . ]; then
+            ! alive "$pid" "$start" || continue
+            ended=0
         fi
+        echo "$ended ${size:-0} $o"
+    done | sort -rn | while read -r ended size o; do
         n=$((n + 1)) keep=1
         if [ "$size" -gt "$inline" ]; then
             big=$((big + 1))
@@ -146,7 +147,7 @@ tell() {
 
 # Tells the result when there is one. A result without its dot was cut by a crash.
 recall() {
-    read -r state code ocut ecut size end <"$d.result" || return 0
+    read -r state code ocut ecut size ended end <"$d.result" || return 0
     [ "$end" != . ] || tell "$state" "$code" "$ocut" "$ecut"
 }
 
@@ -159,7 +160,7 @@ undo() {
 # Waits for the end of a run that another call began.
 attach() {
     clock
-    end=$((now + deadline + 3000)) orphan=$((now + 1000))
+    given_up=$((now + deadline + 3000)) orphan=$((now + 1000))
     while :; do
         recall
         [ -e "$d.run" ] || say again
@@ -173,7 +174,7 @@ attach() {
         elif [ "$now" -ge "$orphan" ]; then
             say died
         fi
-        [ "$now" -lt "$end" ] || say again
+        [ "$now" -lt "$given_up" ] || say again
         sleep 0.1 || sleep 1
     done
 }
@@ -227,18 +228,19 @@ run() {
     : "${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"
     export PATH
     # A session of its own: a signal to its whole group, whoever sends it, does not reach us, nor ours it.
-    # In the foreground: a shell's background command ignores interrupts for good. It appends, see clip.
+    # In the foreground: a shell's background command ignores interrupts for good. It appends, see clip. Its outputs
+    # are set inside: the shell here would tell its end by a signal in them.
     if [ -z "$user" ]; then
         : "${HOME:=/root}" "${USER:=root}" "${LOGNAME:=root}"
         export HOME USER LOGNAME
-        setsid /bin/sh -c 'echo $$ >&4; . "$1"' sh "$d.cmd" <"$in" >&5 2>&6 3>&- 5>&- 6>&-
+        setsid /bin/sh -c 'exec >&5 2>&6 3>&- 5>&- 6>&-; echo $$ >&4; . "$1"' sh "$d.cmd" <"$in"
     else
         # Its own, so that it can open /dev/stdout; nobody but root gets through the folders to them.
         chown "$user" "$d.out" "$d.err"
         # su begins another session. The user may not open the command's file, but read what root opened.
-        USER=$user LOGNAME=$user setsid /bin/sh -c 'echo $$ >&4
+        USER=$user LOGNAME=$user setsid /bin/sh -c 'exec >&5 2>&6 5>&- 6>&-; echo $$ >&4
             exec su -s /bin/sh "$1" -c '\''echo $$ >&4; eval "exec 3<&- 4>&-;$(cat <&3)"'\' sh "$user" \
-            <"$in" >&5 2>&6 3<"$d.cmd" 5>&- 6>&-
+            <"$in" 3<"$d.cmd"
     fi
     code=$? state=done
     umask 077
@@ -259,8 +261,9 @@ run() {
     ocut=$cut
     settle err "$esize"
     [ "$osize" -ge "$esize" ] || osize=$esize
+    clock
     # One write: who reads sees nothing or all of it.
-    echo "$state $code $ocut $cut $osize ." >"$d.result"
+    echo "$state $code $ocut $cut $osize $now ." >"$d.result"
     set -- "$base"/ops/*.run
     if [ $# -gt 128 ] || [ "$osize" -gt "$inline" ]; then
         prune </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&- &
@@ -268,74 +271,22 @@ run() {
     tell "$state" "$code" "$ocut" "$cut"
 }
 
-case $mode in
-exec)
-    d=$base/ops/$1 deadline=$2 limit=$3 inline=$4 head=$5 total=$6 staged=$7 user=$8 since=$9
-    # The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
-    # group. Handlers are not inherited, as what is ignored is.
-    exec 3>&2 2>/dev/null
-    trap : HUP INT QUIT TERM
-    read -r boot </proc/sys/kernel/random/boot_id
-    if [ ! -e "$d.run" ]; then
-        clock
-        # The guest booted after this was first asked for; a run of that time may have left no trace.
-        [ "$now" -ge "$since" ] || say rebooted
-        [ -z "$user" ] || id -u "$user" >/dev/null || say nouser
-        stat $$
-        set -- $stat
-        me="$$ ${20}"
-        if take || { mkdir -p "$base/ops" && take; }; then run; fi
-        [ -e "$d.run" ] || say fail "$( (true >"$d.run") 2>&1)"
-    fi
-    [ -z "$staged" ] || rm -f "$staged"
-    attach
-    ;;
-stage)
-    export LC_ALL=C
-    error=$(mkdir -p "$base/in" 2>&1) || say fail "$error"
-    # What a host that died has left.
-    find "$base/in" -type f -mtime +0 -exec rm -f {} +
-    error=$( (true >"$base/in/$1") 2>&1) || say fail "$error"
-    say ok
-    ;;
-put)
-    export LC_ALL=C
-    path=$1 staged=$2 sum=$3 bits=$4 owner=$5 parents=$6 t=${1%/*}/.ocr-$7
-    dir=${path%/*}/
-    [ -z "$staged" ] || trap 'rm -f "$staged"' EXIT
-    trap 'exit 1' HUP INT PIPE TERM
-    [ -z "$owner" ] || id -u "$owner" >/dev/null 2>&1 || say noowner
-    [ ! -d "$path" ] || say folder
-    if [ ! -d "$dir" ]; then
-        [ "$parents" = 1 ] || say noparent
-        error=$( (umask 022 && mkdir -p "$dir") 2>&1) || say fail "$error"
-    fi
-    trap 'rm -f "$t" ${staged:+"$staged"}' EXIT
-    error=$( (set -C && cat ${staged:+"$staged"} >"$t") 2>&1) || say fail "$error"
-    got=$(sha256sum <"$t")
-    [ "${got%% *}" = "$sum" ] || say mismatch
-    [ -z "$owner" ] || error=$(chown "$owner:" "$t" 2>&1) || say fail "$error"
-    error=$(chmod "$bits" "$t" 2>&1) || say fail "$error"
-    error=$(mv -f "$t" "$path" 2>&1) || say fail "$error"
-    say ok
-    ;;
-get)
-    export LC_ALL=C
-    [ ! -d "$1" ] || say folder
-    [ -e "$1" ] || say missing
-    [ -f "$1" ] || say special
-    size=$( (wc -c <"$1") 2>&1) || say fail "$size"
-    [ "$size" -le "$2" ] || say over "$size"
-    [ "$size" -le "$3" ] || say large "$size"
-    printf 'ocr1 file %s\n' "$size"
-    [ "$size" = 0 ] || head -c "$size" "$1"
-    exit 0
-    ;;
-remove)
-    export LC_ALL=C
-    [ -e "$1" ] || [ -L "$1" ] || say missing
-    [ -L "$1" ] || [ ! -d "$1" ] || say folder
-    error=$(rm -f "$1" 2>&1) || say fail "$error"
-    say ok
-    ;;
-esac
+base=$1 d=$1/ops/$2 deadline=$3 limit=$4 inline=$5 head=$6 total=$7 staged=$8 user=$9 since=${10}
+# The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
+# group. Handlers are not inherited, as what is ignored is.
+exec 3>&2 2>/dev/null
+trap : HUP INT QUIT TERM
+read -r boot </proc/sys/kernel/random/boot_id
+if [ ! -e "$d.run" ]; then
+    clock
+    # The guest booted after this was first asked for; a run of that time may have left no trace.
+    [ "$now" -ge "$since" ] || say rebooted
+    [ -z "$user" ] || id -u "$user" >/dev/null || say nouser
+    stat $$
+    set -- $stat
+    me="$$ ${20}"
+    if take || { mkdir -p "$base/ops" && take; }; then run; fi
+    [ -e "$d.run" ] || say fail "$( (true >"$d.run") 2>&1)"
+fi
+[ -z "$staged" ] || rm -f "$staged"
+attach
