@@ -127,16 +127,14 @@ impl<L: AgentLink> AgentGuest<L> {
         let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
-            "file" => Err(changed()),
+            "file" => Err(Error::unavailable("the file became shorter while it was read")),
+            // By one handle, so what comes is one file, whichever has the name by now.
             "large" => {
-                let size = reply.number(0)?;
-                let content = self.read_from(vm, path, 0, size as usize, until).await?;
-                if content.len() as u64 == size { Ok(content) } else { Err(changed()) }
+                let most = usize::try_from(limit_bytes.saturating_add(1)).unwrap_or(usize::MAX);
+                let content = self.read_from(vm, path, 0, most, until).await?;
+                if content.len() as u64 > limit_bytes { Err(over(path, limit_bytes)) } else { Ok(content) }
             }
-            "over" => Err(Error::new(
-                ErrorKind::Exhausted,
-                format!("{} has {} bytes, the limit is {limit_bytes}", shown(path), reply.number(0)?),
-            )),
+            "over" => Err(over(path, limit_bytes)),
             "missing" => Err(Error::not_found(format!("the guest has no file {}", shown(path)))),
             "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(path)))),
             "special" => Err(Error::invalid("path", format_args!("{} is no regular file in the guest", shown(path)))),
@@ -178,8 +176,8 @@ async fn write<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, content: &[
     result.and(closed)
 }
 
-fn changed() -> Error {
-    Error::unavailable("the file changed while it was read")
+fn over(path: &str, limit_bytes: u64) -> Error {
+    Error::new(ErrorKind::Exhausted, format!("{} is larger than the limit of {limit_bytes} bytes", shown(path)))
 }
 
 /// Reads at most `count` bytes from `offset` on; less when the file ends before.
