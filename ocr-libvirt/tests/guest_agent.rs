@@ -1,6 +1,8 @@
 //! [`AgentGuest`] against the real QEMU guest agent, which runs here as a process and serves a socket. It acts on this
 //! machine, so tests keep to a folder of their own.
 
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it left out, and may panic")]
+
 mod guest_support;
 
 use std::{

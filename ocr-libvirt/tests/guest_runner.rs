@@ -1,5 +1,7 @@
 //! `runner.sh` and `files.sh` as processes, under every shell that is here.
 
+#![allow(clippy::print_stdout, clippy::unwrap_used, reason = "a test says what it left out, and may panic")]
+
 mod guest_support;
 
 use std::{
@@ -274,7 +276,7 @@ fn what_it_keeps_is_for_root_alone() {
 #[test]
 fn stdin_reaches_the_command_byte_for_byte() {
     under_each_shell(|guest| {
-        let stdin: Vec<u8> = (0..20_000_u32).map(|i| (i * i >> 3) as u8).collect();
+        let stdin: Vec<u8> = (0..20_000_u32).map(|i| ((i * i) >> 3) as u8).collect();
         let request = Request { stdin: Some(&stdin), ..line("a", "cat; echo; true") };
         let answer = guest.run(&Request { limit: 1 << 20, ..request });
         assert_eq!(answer.words, "done 0 0 0");

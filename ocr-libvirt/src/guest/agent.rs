@@ -30,7 +30,7 @@ const TURN_LIMIT: Duration = Duration::from_secs(60);
 const IDLE_SEATS: usize = 16 << 10;
 
 /// The longest time of an operation that counts as short.
-const LONGEST_USUAL_US: u32 = 500_000;
+const LONGEST_USUAL_US: u32 = 250_000;
 
 /// A link and the turns on it.
 #[derive(Debug)]
@@ -138,16 +138,16 @@ impl<L: AgentLink> Agent<L> {
     /// Learns from one operation: quickly from shorter ones, slowly from longer ones, and nothing from long ones, whose
     /// time is the command's and not the machine's.
     pub(super) fn learn(&self, vm: VmId, took: Duration) {
+        let Ok(took) = u32::try_from(took.as_micros()) else { return };
         let seat = self.seat(vm);
         let usual = seat.usual_us.load(Ordering::Relaxed);
-        let took = u32::try_from(took.as_micros()).unwrap_or(u32::MAX);
         let learnt = match usual {
+            _ if took > LONGEST_USUAL_US => return,
             0 => took,
             _ if took < usual => usual - (usual - took) / 2,
-            _ if took / 4 < usual => usual + (took - usual) / 8,
-            _ => usual,
+            _ => usual + (took - usual) / 8,
         };
-        seat.usual_us.store(learnt.min(LONGEST_USUAL_US), Ordering::Relaxed);
+        seat.usual_us.store(learnt, Ordering::Relaxed);
     }
 
     pub(super) async fn info(&self, vm: VmId) -> Result<Info> {

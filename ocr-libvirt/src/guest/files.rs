@@ -1,15 +1,13 @@
 //! Files into the guest and out of it.
 
-use std::time::Duration;
-
 use bytes::{Bytes, BytesMut};
 use ocr_core::{Deletion, Error, ErrorKind, OperationId, PutFile, Result, VmId, guest::check_guest_path, id::shown};
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 
 use super::{
-    AgentGuest, AgentLink, MAX_FILE_BYTES,
-    agent::{Agent, is_outage, is_refusal},
+    Again, AgentGuest, AgentLink, Job, MAX_FILE_BYTES, MAX_PAUSE,
+    agent::Agent,
     check_argument, check_user,
     runner::{FILE, INLINE_BYTES, unknown_user},
 };
@@ -24,9 +22,6 @@ const READ_BYTES: usize = 512 << 10;
 /// How often a content is sent that arrives damaged.
 const MAX_TRIES: u32 = 3;
 
-/// The pause before a transfer begins anew.
-const RESTART_PAUSE: Duration = Duration::from_millis(250);
-
 impl<L: AgentLink> AgentGuest<L> {
     /// Brings what is too big for one message into the guest, into a file for root alone; the runner removes it.
     /// Nothing and `None` when it is small.
@@ -34,10 +29,11 @@ impl<L: AgentLink> AgentGuest<L> {
         if content.len() <= PIECE_BYTES {
             return Ok(None);
         }
+        let mut again = Again::default();
         loop {
             let name = OperationId::random().to_string();
             let arguments = |_| vec!["stage".to_owned(), self.config.base.clone(), name.clone()];
-            let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
+            let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
             match reply.state() {
                 "ok" => {}
                 "fail" => return Err(reply.failure()),
@@ -46,15 +42,14 @@ impl<L: AgentLink> AgentGuest<L> {
             let path = format!("{}/in/{name}", self.config.base);
             match write(&self.agent, vm, &path, content).await {
                 Ok(()) => return Ok(Some(path)),
-                Err(error) => {
-                    let again = (is_outage(&error) || is_refusal(&error)) && Instant::now() + RESTART_PAUSE < until;
-                    if !again {
-                        let _ = self.remove_inner(vm, &path).await;
-                        return Err(error);
-                    }
-                    // The agent restarted, and its handles are gone. What is left of it is swept by its age.
+                Err(error) if again.may(&error, until) => {
+                    // What is left of it is swept by its age.
                     tracing::debug!(%vm, %error, "lost an open file in the guest, writing again");
-                    tokio::time::sleep(RESTART_PAUSE).await;
+                    tokio::time::sleep(MAX_PAUSE).await;
+                }
+                Err(error) => {
+                    let _ = self.remove_inner(vm, &path).await;
+                    return Err(error);
                 }
             }
         }
@@ -94,7 +89,7 @@ impl<L: AgentLink> AgentGuest<L> {
                 ]
             };
             let content: &[u8] = if staged.is_some() { &[] } else { &file.content };
-            let reply = self.runner(vm, FILE, arguments, content, &mut None, until, &mut None).await?;
+            let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, content).await?;
             tries += 1;
             if reply.state() != "again" || tries == MAX_TRIES || Instant::now() >= until {
                 break reply;
@@ -114,7 +109,8 @@ impl<L: AgentLink> AgentGuest<L> {
     pub(super) async fn get_inner(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
         check_guest_path(path)?;
         check_argument("path", path)?;
-        let until = Instant::now() + self.transfer_limit(limit_bytes.min(MAX_FILE_BYTES));
+        let limit_bytes = limit_bytes.min(MAX_FILE_BYTES);
+        let until = Instant::now() + self.transfer_limit(limit_bytes);
         let arguments = |_| {
             vec![
                 "get".to_owned(),
@@ -124,14 +120,13 @@ impl<L: AgentLink> AgentGuest<L> {
                 INLINE_BYTES.to_string(),
             ]
         };
-        let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
+        let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
             "file" => Err(Error::unavailable("the file became shorter while it was read")),
             // By one handle, so what comes is one file, whichever has the name by now.
             "large" => {
-                let most = usize::try_from(limit_bytes.saturating_add(1)).unwrap_or(usize::MAX);
-                let content = self.read_from(vm, path, 0, most, until).await?;
+                let content = self.read_from(vm, path, 0, limit_bytes as usize + 1, until).await?;
                 if content.len() as u64 > limit_bytes { Err(over(path, limit_bytes)) } else { Ok(content) }
             }
             "over" => Err(over(path, limit_bytes)),
@@ -148,7 +143,7 @@ impl<L: AgentLink> AgentGuest<L> {
         check_argument("path", path)?;
         let until = Instant::now() + self.transfer_limit(0);
         let arguments = |_| vec!["remove".to_owned(), self.config.base.clone(), path.to_owned()];
-        let reply = self.runner(vm, FILE, arguments, &[], &mut None, until, &mut None).await?;
+        let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
         match reply.state() {
             "ok" => Ok(Deletion::Deleted),
             "missing" => Ok(Deletion::AlreadyGone),

@@ -72,6 +72,12 @@ const MAX_OUTPUT_BYTES: u64 = ExecRequest::OUTPUT_LIMIT_BYTES;
 /// How often a runner may end without an answer before that is an error.
 const MAX_SILENT_ENDS: u32 = 3;
 
+/// How often work on a file may be refused by the agent before that is an error: it may restart several times.
+const MAX_REFUSALS: u32 = 5;
+
+/// The longest deadline that is told apart from none.
+const MAX_DEADLINE: Duration = Duration::from_secs(365 * 86_400);
+
 /// The shortest pause between two questions whether a program ended; then it is a tenth of the time it runs.
 const MIN_PAUSE: Duration = Duration::from_millis(2);
 
@@ -95,6 +101,38 @@ const PROGRESS_BYTES: usize = 256 << 10;
 pub struct AgentGuest<L> {
     agent: Agent<L>,
     config: AgentGuestConfig,
+}
+
+/// Whether work on an open file, whose handle dies with the agent, is begun anew.
+#[derive(Default)]
+struct Again {
+    refusals: u32,
+}
+
+impl Again {
+    /// An outage may last; a refusal that is not for a lost handle comes back at once, and counts.
+    fn may(&mut self, error: &Error, until: Instant) -> bool {
+        if is_refusal(error) {
+            self.refusals += 1;
+        }
+        (is_outage(error) || is_refusal(error)) && self.refusals <= MAX_REFUSALS && Instant::now() + MAX_PAUSE < until
+    }
+}
+
+/// One operation, over all attempts at it.
+struct Job<'a> {
+    vm: VmId,
+    script: Script,
+    until: Instant,
+    /// When the first attempt was sent of those that may have reached the guest.
+    asked: Option<Instant>,
+    progress: Option<Progress<'a>>,
+}
+
+impl Job<'_> {
+    fn new(vm: VmId, script: Script, until: Instant) -> Self {
+        Self { vm, script, until, asked: None, progress: None }
+    }
 }
 
 /// Why a run of the runner has no answer.
@@ -121,26 +159,19 @@ impl<L: AgentLink> AgentGuest<L> {
         Ok(Self { agent: Agent::new(link), config })
     }
 
-    /// Runs the runner until it answers. Every mode may be asked for repeatedly.
+    /// Runs the runner until it answers. Whatever is asked for may be asked for repeatedly.
     ///
-    /// `arguments` gets how long ago `asked` was, when it was set before: then, something may have been begun.
+    /// `arguments` gets how long ago the job was asked for first.
     async fn runner(
         &self,
-        vm: VmId,
-        script: Script,
+        job: &mut Job<'_>,
         arguments: impl Fn(Duration) -> Vec<String>,
         input: &[u8],
-        asked: &mut Option<Instant>,
-        until: Instant,
-        progress: &mut Option<Progress<'_>>,
     ) -> Result<Reply> {
         let (mut silent, mut pause) = (0, Duration::from_millis(50));
         loop {
-            let since = asked.map(|asked| asked.elapsed());
-            let lost = match self
-                .attempt(vm, script, arguments(since.unwrap_or_default()), input, asked, until, progress)
-                .await
-            {
+            let since = job.asked.map(|asked| asked.elapsed()).unwrap_or_default();
+            let lost = match self.attempt(job, arguments(since), input).await {
                 Ok(exited) => match Reply::of(&exited) {
                     Some(reply) => return Ok(reply),
                     None => {
@@ -154,45 +185,31 @@ impl<L: AgentLink> AgentGuest<L> {
                 },
                 Err(Lost::Final(error)) => return Err(error),
                 // Nothing was begun: whether to come back is the caller's to say.
-                Err(Lost::Track(error)) if asked.is_none() => return Err(error),
+                Err(Lost::Track(error)) if job.asked.is_none() => return Err(error),
                 Err(Lost::Track(error)) => error,
             };
-            if Instant::now() + pause >= until {
+            if Instant::now() + pause >= job.until {
                 return Err(lost.with_retry(Retry::Ambiguous).with_note("whether it was done is not known"));
             }
-            tracing::debug!(%vm, error = %lost, "lost track of a program in the guest, asking again");
+            tracing::debug!(vm = %job.vm, error = %lost, "lost track of a program in the guest, asking again");
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(Duration::from_secs(1));
         }
     }
 
     /// Starts the runner once and waits for its end.
-    async fn attempt(
-        &self,
-        vm: VmId,
-        script: Script,
-        arguments: Vec<String>,
-        input: &[u8],
-        asked: &mut Option<Instant>,
-        until: Instant,
-        progress: &mut Option<Progress<'_>>,
-    ) -> Result<Exited, Lost> {
-        let mut argv = vec!["-c".to_owned(), script.text(), script.name.to_owned()];
+    async fn attempt(&self, job: &mut Job<'_>, arguments: Vec<String>, input: &[u8]) -> Result<Exited, Lost> {
+        let vm = job.vm;
+        let mut argv = vec!["-c".to_owned(), job.script.text(), job.script.name.to_owned()];
         argv.extend(arguments);
+        let sent = Instant::now();
+        let started = self.agent.start(vm, "/bin/sh", &argv, input).await;
+        if started.as_ref().map_or_else(|error| !is_untouched(error), |_| true) {
+            job.asked.get_or_insert(sent);
+        }
+        let pid = started.map_err(|error| if is_outage(&error) { Lost::Track(error) } else { Lost::Final(error) })?;
         let started = Instant::now();
-        let pid = match self.agent.start(vm, "/bin/sh", &argv, input).await {
-            Ok(pid) => pid,
-            Err(error) if is_outage(&error) => {
-                if !is_untouched(&error) {
-                    asked.get_or_insert(started);
-                }
-                return Err(Lost::Track(error));
-            }
-            Err(error) => return Err(Lost::Final(error)),
-        };
-        asked.get_or_insert(started);
-        let started = Instant::now();
-        // A question costs an emulated guest more than the runner's whole work: the first one is asked when an
+        // A question costs an emulated guest a good part of what the runner costs: the first one is asked when an
         // operation on this machine usually ends.
         let mut pause = self.agent.usual(vm).mul_f64(0.9);
         loop {
@@ -206,10 +223,10 @@ impl<L: AgentLink> AgentGuest<L> {
                 Err(error) if is_outage(&error) || is_refusal(&error) => return Err(Lost::Track(error)),
                 Err(error) => return Err(Lost::Final(error)),
             }
-            if let Some(progress) = progress {
+            if let Some(progress) = &mut job.progress {
                 progress.look(&self.agent, vm).await;
             }
-            if Instant::now() >= until {
+            if Instant::now() >= job.until {
                 return Err(Lost::Track(Error::timed_out("the guest did not tell the end of the operation in time")));
             }
             pause = (started.elapsed() / 10).clamp(MIN_PAUSE, MAX_PAUSE);
@@ -218,10 +235,10 @@ impl<L: AgentLink> AgentGuest<L> {
 
     /// Reads at most `count` bytes of a file from `offset` on.
     async fn read_from(&self, vm: VmId, path: &str, offset: u64, count: usize, until: Instant) -> Result<Bytes> {
+        let mut again = Again::default();
         loop {
             match files::read(&self.agent, vm, path, offset, count).await {
-                Err(error) if (is_outage(&error) || is_refusal(&error)) && Instant::now() + MAX_PAUSE < until => {
-                    // The agent restarted, and its handles are gone.
+                Err(error) if again.may(&error, until) => {
                     tracing::debug!(%vm, %error, "lost an open file in the guest, reading again");
                     tokio::time::sleep(MAX_PAUSE).await;
                 }
@@ -236,13 +253,14 @@ impl<L: AgentLink> AgentGuest<L> {
             check_user(user, "username")?;
         }
         let input = Input::of(request)?;
-        let until = Instant::now() + request.deadline.saturating_add(self.config.margin);
+        let deadline = request.deadline.min(MAX_DEADLINE);
+        let until = Instant::now() + deadline + self.config.margin;
         let limit = request.output_limit_bytes.min(MAX_OUTPUT_BYTES);
         let files = format!("{}/ops/{}", self.config.base, request.operation);
-        let mut progress = request.progress.as_ref().map(|sender| Progress::new(sender, &files, limit));
-        let deadline_cs = request.deadline.as_millis().div_ceil(10).min(u128::from(u32::MAX));
+        let deadline_cs = deadline.as_millis().div_ceil(10).max(1);
 
-        let mut asked = None;
+        let mut job = Job::new(vm, RUN, until);
+        job.progress = request.progress.as_ref().map(|sender| Progress::new(sender, &files, limit));
         let reply = loop {
             let staged = self.stage(vm, input.staged(), until).await?;
             let arguments = |since: Duration| {
@@ -260,7 +278,7 @@ impl<L: AgentLink> AgentGuest<L> {
                 ]
             };
             let sent: &[u8] = if staged.is_some() { &[] } else { &input.bytes };
-            let reply = self.runner(vm, RUN, arguments, sent, &mut asked, until, &mut progress).await?;
+            let reply = self.runner(&mut job, arguments, sent).await?;
             if reply.state() != "again" {
                 break reply;
             }
@@ -274,7 +292,7 @@ impl<L: AgentLink> AgentGuest<L> {
         let until = until.max(Instant::now() + self.transfer_limit(2 * limit));
         let (stdout, stdout_truncated) = self.whole(vm, ended.stdout, &format!("{files}.out"), limit, until).await?;
         let (stderr, stderr_truncated) = self.whole(vm, ended.stderr, &format!("{files}.err"), limit, until).await?;
-        if let Some(progress) = progress {
+        if let Some(progress) = job.progress {
             progress.finish(&self.agent, vm, [&stdout, &stderr]).await;
         }
         Ok(ExecOutput { exit_code: ended.exit_code, stdout, stderr, stdout_truncated, stderr_truncated })
