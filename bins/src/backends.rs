@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ocr_core::{
-    ComputeBackend, Error, GuestExec, ImageBackend, NetworkBackend, Owner, Result,
+    ComputeBackend, GuestExec, ImageBackend, NetworkBackend, Owner, Result,
     layer::{LayerExt, TraceLayer},
     memory::MemoryCloud,
 };
@@ -49,6 +49,7 @@ impl Backends {
                     password: None,
                     domain_type: args.domain_type.clone(),
                     pool: args.pool.clone(),
+                    insecure: false,
                 })
                 .await
             }
@@ -66,11 +67,14 @@ impl Backends {
     /// When libvirt cannot be reached, or its pool is not there.
     #[cfg(feature = "libvirt")]
     pub async fn libvirt(settings: &LibvirtSettings) -> Result<Self> {
-        let mut config = ocr_libvirt::Config::new(&settings.uri);
-        config.pool = settings.pool.clone();
-        config.domain_type = settings.domain_type.parse()?;
-        config.user = settings.user.clone();
-        config.password = settings.password.clone();
+        let config = ocr_libvirt::Config {
+            uri: settings.address(),
+            pool: settings.pool.clone(),
+            domain_type: domain_type(&settings.domain_type)?,
+            user: settings.user.clone(),
+            password: settings.password.clone(),
+            ..ocr_libvirt::Config::default()
+        };
         let libvirt = ocr_libvirt::Libvirt::open(config).await?;
         Ok(Self::of(Arc::new(libvirt.clone()), Disks::Libvirt(libvirt)))
     }
@@ -81,7 +85,7 @@ impl Backends {
     /// Always.
     #[cfg(not(feature = "libvirt"))]
     pub async fn libvirt(_settings: &LibvirtSettings) -> Result<Self> {
-        Err(Error::unsupported("this program was built without libvirt; build it with `--features libvirt`"))
+        Err(ocr_core::Error::unsupported("this program was built without libvirt; build it with `--features libvirt`"))
     }
 
     fn of<B: ComputeBackend + NetworkBackend + ImageBackend + GuestExec>(backend: Arc<B>, disks: Disks) -> Self {
@@ -94,15 +98,32 @@ impl Backends {
         }
     }
 
-    /// The disks that this owner's machines have left, by name; for proofs that there are none.
+    /// Deletes disks of this owner's that no machine has, and gives their names. There are none unless somebody took
+    /// a machine away by hand.
     ///
     /// # Errors
     /// Those of the backend.
-    pub async fn disks_of(&self, owner: &Owner) -> Result<Vec<String>> {
+    #[cfg_attr(not(feature = "libvirt"), expect(unused_variables, reason = "no other backend has disks"))]
+    pub async fn sweep_disks(&self, owner: &Owner) -> Result<Vec<String>> {
         match &self.disks {
             Disks::None => Ok(Vec::new()),
             #[cfg(feature = "libvirt")]
-            Disks::Libvirt(libvirt) => libvirt.disks_of(owner).await,
+            Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
         }
+    }
+}
+
+#[cfg(feature = "libvirt")]
+fn domain_type(text: &str) -> Result<ocr_libvirt::config::DomainType> {
+    use ocr_libvirt::config::DomainType;
+
+    match text.to_ascii_lowercase().as_str() {
+        "kvm" => Ok(DomainType::Kvm),
+        "qemu" => Ok(DomainType::Qemu),
+        "auto" => Ok(DomainType::Auto),
+        _ => Err(ocr_core::Error::invalid(
+            "DOMAIN_TYPE",
+            format_args!("wants kvm, qemu or auto, got {}", ocr_core::id::shown(text)),
+        )),
     }
 }

@@ -41,6 +41,8 @@ pub enum Wanted {
     Always,
     /// With `BACKEND=openstack`.
     WithOpenStack,
+    /// Likewise, and `ocr_openstack::Config` checks it.
+    ByOpenStack,
     /// Never.
     Optional,
 }
@@ -60,6 +62,14 @@ impl Server {
         match self {
             Self::Machiner => "machiner",
             Self::Executor => "executor",
+        }
+    }
+
+    /// The program's name.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Machiner => "ocr-machiner",
+            Self::Executor => "ocr-executor",
         }
     }
 
@@ -103,13 +113,20 @@ pub const VARIABLES: &[Variable] = &[
     },
     variable("EXECUTOR_PORT", EXECUTOR, Wanted::Always, "port to listen on; 0 takes a free one and logs it"),
     optional("BACKEND", BOTH, Some("openstack"), "where machines are: openstack or libvirt"),
-    variable("AUTH_URL", BOTH, Wanted::WithOpenStack, "Keystone's address, with or without /v3"),
-    variable("CREDENTIAL_ID", BOTH, Wanted::WithOpenStack, "user name or application credential id"),
-    Variable { secret: true, ..variable("CREDENTIAL_SECRET", BOTH, Wanted::WithOpenStack, "its password or secret") },
-    variable("DOMAIN", BOTH, Wanted::WithOpenStack, "OpenStack domain, usually Default"),
-    variable("PROJECT", BOTH, Wanted::WithOpenStack, "OpenStack project"),
-    variable("GATEWAY_NETWORK", BOTH, Wanted::WithOpenStack, "OpenStack network that routers lead to"),
-    variable("REGION", BOTH, Wanted::WithOpenStack, "OpenStack region"),
+    variable("AUTH_URL", BOTH, Wanted::ByOpenStack, "Keystone's address, with or without /v3"),
+    variable("CREDENTIAL_ID", BOTH, Wanted::ByOpenStack, "user name or application credential id"),
+    Variable { secret: true, ..variable("CREDENTIAL_SECRET", BOTH, Wanted::ByOpenStack, "its password or secret") },
+    variable("DOMAIN", BOTH, Wanted::ByOpenStack, "OpenStack domain, usually Default"),
+    variable("PROJECT", BOTH, Wanted::ByOpenStack, "OpenStack project"),
+    variable("GATEWAY_NETWORK", BOTH, Wanted::ByOpenStack, "OpenStack network that routers lead to"),
+    variable("REGION", BOTH, Wanted::ByOpenStack, "OpenStack region"),
+    optional(
+        "OCR_CREDENTIAL_KIND",
+        BOTH,
+        None,
+        "password or application; by default 32 hexadecimal digits in CREDENTIAL_ID are an application credential",
+    ),
+    optional("OCR_CA_FILE", BOTH, None, "file with the certificates of the authorities that signed OpenStack's"),
     Variable {
         wanted: Wanted::WithOpenStack,
         ..optional(
@@ -182,6 +199,19 @@ pub const VARIABLES: &[Variable] = &[
     optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
     optional("LOG_DIR", BOTH, None, "folder for log files, one a day; without it, logs go to stderr"),
     optional("LOG_FILE_NAME", BOTH, Some("ocr-SERVER.log"), "beginning of the log files' names"),
+];
+
+/// The variables that `ocr_openstack::Config` reads and checks, but for GLOBAL_INSECURE.
+const OPENSTACK: [&str; 9] = [
+    "AUTH_URL",
+    "CREDENTIAL_ID",
+    "CREDENTIAL_SECRET",
+    "OCR_CREDENTIAL_KIND",
+    "DOMAIN",
+    "PROJECT",
+    "GATEWAY_NETWORK",
+    "REGION",
+    "OCR_CA_FILE",
 ];
 
 /// What is wrong with the settings, all of it.
@@ -324,6 +354,20 @@ pub struct LibvirtSettings {
     pub domain_type: String,
     /// Storage pool.
     pub pool: String,
+    /// Whether the hypervisor's certificate goes unverified.
+    pub insecure: bool,
+}
+
+impl LibvirtSettings {
+    /// The connection address with what GLOBAL_INSECURE adds to it.
+    pub fn address(&self) -> String {
+        let encrypted = self.uri.split(':').next().is_some_and(|scheme| scheme.ends_with("+tls"));
+        if !self.insecure || !encrypted {
+            return self.uri.clone();
+        }
+        let separator = if self.uri.contains('?') { '&' } else { '?' };
+        format!("{}{separator}no_verify=1", self.uri)
+    }
 }
 
 /// Where records are kept.
@@ -381,12 +425,13 @@ impl<'a> Reader<'a> {
         self.openstack = backend == "openstack";
         let listen = self.listen();
         let insecure = self.boolean("GLOBAL_INSECURE");
-        let libvirt = self.libvirt();
+        let libvirt = self.libvirt(insecure);
         if self.openstack {
-            for name in
-                ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "DOMAIN", "PROJECT", "GATEWAY_NETWORK", "REGION"]
-            {
-                self.text(name);
+            for name in OPENSTACK {
+                self.maybe(name);
+            }
+            if let Err(faults) = ocr_openstack::Config::from_lookup(|name| self.source.get(name)) {
+                self.faults.extend(faults.0.iter().map(ToString::to_string));
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
@@ -464,13 +509,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn libvirt(&mut self) -> LibvirtSettings {
+    fn libvirt(&mut self, insecure: bool) -> LibvirtSettings {
         LibvirtSettings {
             uri: self.text("HYPERVISOR"),
             user: self.maybe("HYPERVISOR_USER"),
             password: self.maybe("HYPERVISOR_PASSWORD").map(SecretString::from),
             domain_type: self.choice("DOMAIN_TYPE", &["auto", "kvm", "qemu"]),
             pool: self.text("STORAGE_POOL"),
+            insecure,
         }
     }
 
@@ -502,7 +548,7 @@ impl<'a> Reader<'a> {
         let wanted = match variable.wanted {
             Wanted::Always => true,
             Wanted::WithOpenStack => self.openstack,
-            Wanted::Optional => false,
+            Wanted::ByOpenStack | Wanted::Optional => false,
         };
         if given.is_none() && wanted {
             self.faults.push(format!("{name}: is not set; it is {}", variable.about));
@@ -583,7 +629,7 @@ pub fn as_markdown() -> String {
         let servers: Vec<_> = variable.servers.iter().map(|server| server.name()).collect();
         let wanted = match variable.wanted {
             Wanted::Always => "yes",
-            Wanted::WithOpenStack => "with `BACKEND=openstack`",
+            Wanted::WithOpenStack | Wanted::ByOpenStack => "with `BACKEND=openstack`",
             Wanted::Optional => "no",
         };
         let default = variable.default.map(|default| format!("`{default}`")).unwrap_or_default();
@@ -644,6 +690,15 @@ mod tests {
     }
 
     #[test]
+    fn openstacks_faults_come_with_the_others_and_say_what_this_version_lacks() {
+        let faults = with("BACKEND", "openstack").unwrap_err();
+        for name in ["AUTH_URL", "CREDENTIAL_ID", "CREDENTIAL_SECRET", "REGION", "GATEWAY_NETWORK", "HYPERVISOR_USER"] {
+            assert!(faults.0.iter().any(|fault| fault.starts_with(name)), "{name} in {faults}");
+        }
+        assert!(faults.to_string().contains("BACKEND: openstack is not in this version yet"), "{faults}");
+    }
+
+    #[test]
     fn the_seeds_own_spelling_of_the_port_is_read() {
         let mut values = good();
         values.remove("MACHINER_PORT");
@@ -658,6 +713,24 @@ mod tests {
             assert_eq!(with("GLOBAL_INSECURE", text).unwrap().insecure, want, "{text}");
         }
         assert!(with("GLOBAL_INSECURE", "ja").is_err());
+    }
+
+    #[test]
+    fn insecure_reaches_the_hypervisors_certificate_and_nothing_else() {
+        for (uri, insecure, want) in [
+            ("qemu+tls://h/system", "true", "qemu+tls://h/system?no_verify=1"),
+            ("qemu+tls://h/system?pkipath=/x", "true", "qemu+tls://h/system?pkipath=/x&no_verify=1"),
+            ("qemu+tls://h/system", "false", "qemu+tls://h/system"),
+            ("qemu+tcp://h/system", "true", "qemu+tcp://h/system"),
+            ("qemu:///system", "true", "qemu:///system"),
+        ] {
+            let mut values = good();
+            values.insert("HYPERVISOR".to_owned(), uri.to_owned());
+            values.insert("GLOBAL_INSECURE".to_owned(), insecure.to_owned());
+            let settings = Settings::read(Server::Machiner, &values).unwrap();
+            let Backend::Libvirt(libvirt) = settings.backend else { panic!("another backend") };
+            assert_eq!(libvirt.address(), want);
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn main(server: Server) -> ExitCode {
         match environment_over(env_file.map(PathBuf::as_path)).and_then(|source| Settings::read(server, &source)) {
             Ok(settings) => settings,
             Err(faults) => {
-                eprintln!("ocr-{}: {faults}", server.name());
+                eprintln!("{}: {faults}", server.program());
                 return ExitCode::from(BAD_SETTINGS);
             }
         };
@@ -41,7 +41,7 @@ pub fn main(server: Server) -> ExitCode {
     let _log = match logging::start(&settings.log) {
         Ok(guard) => guard,
         Err(why) => {
-            eprintln!("ocr-{}: {why}", server.name());
+            eprintln!("{}: {why}", server.program());
             return ExitCode::from(BAD_SETTINGS);
         }
     };
@@ -65,9 +65,9 @@ pub fn main(server: Server) -> ExitCode {
 }
 
 async fn serve(settings: Settings) -> ocr_core::Result<()> {
-    let name = settings.server.name();
+    let program = settings.server.program();
     let shown: Vec<_> = settings.effective().map(|(name, value)| format!("{name}={value}")).collect();
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), settings = %shown.join(" "), "ocr-{name} starts");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), settings = %shown.join(" "), "{program} starts");
     for warning in &settings.warnings {
         tracing::warn!("{warning}");
     }
@@ -98,7 +98,7 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let bound = service.bind(settings.listen, generation, settings.reflection).await?;
     tracing::info!(address = %bound.local_addr(), "listening");
     // For whoever started us with port 0.
-    println!("ocr-{name} listening on {}", bound.local_addr());
+    println!("{program} listening on {}", bound.local_addr());
     service.run(bound, settings.reconcile_interval, settings.shutdown_grace, stop).await;
     Ok(())
 }
@@ -108,7 +108,7 @@ fn command(server: Server) -> Command {
         Server::Machiner => "Creates and deletes virtual machines for Ranger and everybody who speaks its wire.",
         Server::Executor => "Installs features and injects in virtual machines, and watches conditions there.",
     };
-    Command::new(format!("ocr-{}", server.name()))
+    Command::new(server.program())
         .version(env!("CARGO_PKG_VERSION"))
         .about(about)
         .max_term_width(100)
@@ -133,7 +133,7 @@ fn variables_help(server: Server) -> String {
     for variable in VARIABLES.iter().filter(|variable| variable.servers.contains(&server)) {
         let wanted = match variable.wanted {
             Wanted::Always => " (mandatory)".to_owned(),
-            Wanted::WithOpenStack => " (mandatory with BACKEND=openstack)".to_owned(),
+            Wanted::WithOpenStack | Wanted::ByOpenStack => " (mandatory with BACKEND=openstack)".to_owned(),
             Wanted::Optional => variable
                 .default
                 .map(|default| format!(" [{}]", default.replace("SERVER", server.name())))

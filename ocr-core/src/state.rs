@@ -63,7 +63,7 @@ pub const MAX_VALUE_BYTES: usize = 1 << 20;
 /// The longest page of [`StateStore::list`].
 pub const MAX_PAGE: usize = 1000;
 
-/// A record's key: 1 to 512 bytes of ASCII letters, digits and `- _ . : /`.
+/// A record's key: 1 to 1024 bytes of ASCII letters, digits and `- _ . : /`.
 ///
 /// Parts are separated by `/`, the first one names the kind of record.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,7 +71,7 @@ pub struct Key(String);
 
 impl Key {
     /// The longest key, in bytes.
-    pub const MAX_BYTES: usize = 512;
+    pub const MAX_BYTES: usize = 1024;
 
     /// Checks and wraps a key.
     ///
@@ -353,6 +353,6 @@ mod tests {
         for bad in ["", "/a", "a/", "a//b", "a b", "ä"] {
             assert!(Key::new(bad).is_err(), "{bad:?}");
         }
-        assert!(Key::new("a".repeat(513)).is_err());
+        assert!(Key::new("a".repeat(1025)).is_err());
     }
 }

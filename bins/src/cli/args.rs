@@ -68,6 +68,7 @@ pub enum VmCommand {
     Create(VmCreate),
     /// List our machines
     List {
+        /// Whose
         #[command(flatten)]
         scope: ScopeArgs,
     },
@@ -100,6 +101,7 @@ pub struct VmCreate {
     /// A network's id or name; one NIC for each, in this order
     #[arg(long = "link", short, value_name = "NETWORK")]
     pub links: Vec<String>,
+    /// Where it belongs
     #[command(flatten)]
     pub scope: ScopeArgs,
 }
@@ -152,6 +154,7 @@ pub struct PackageInstall {
     /// What to call it; the package's name when not given
     #[arg(long)]
     pub name: Option<String>,
+    /// As whom
     #[command(flatten)]
     pub account: AccountArgs,
     /// A variable for the action; may be repeated
@@ -198,6 +201,7 @@ pub struct ConditionInstall {
     /// What to call it
     #[arg(long)]
     pub name: Option<String>,
+    /// As whom
     #[command(flatten)]
     pub account: AccountArgs,
     /// A variable for the command; may be repeated
@@ -219,11 +223,15 @@ pub struct ConditionWatch {
 /// `ocr conform`
 #[derive(Debug, Args)]
 pub struct ConformArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Run only the cases whose name contains this
     #[arg(long, default_value = "", hide_default_value = true)]
     pub filter: String,
+    /// Check the embedded store too, in this file; it is made when it is not there
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
     /// A user of the guest other than the agent's own, for the cases that run commands as one
     #[arg(long)]
     pub guest_user: Option<String>,
@@ -235,6 +243,7 @@ pub struct ConformArgs {
 /// `ocr demo`
 #[derive(Debug, Args)]
 pub struct DemoArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
 }
@@ -242,6 +251,7 @@ pub struct DemoArgs {
 /// `ocr serve`
 #[derive(Debug, Args)]
 pub struct ServeArgs {
+    /// Where machines are
     #[command(flatten)]
     pub backend: BackendArgs,
     /// Address to listen on; port 0 takes a free one
@@ -271,7 +281,7 @@ pub struct BackendArgs {
     #[arg(long, env = "DOMAIN_TYPE", default_value = "auto")]
     pub domain_type: String,
     /// The template's id or name, for demo and conform
-    #[arg(long, default_value = "guest")]
+    #[arg(long, default_value = "guest.qcow2")]
     pub template: String,
     /// Tag on everything that is made
     #[arg(long, env = "OWNER", default_value = "ocr")]

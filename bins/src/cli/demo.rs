@@ -8,10 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use futures::StreamExt;
-use ocr_core::{
-    ComputeBackend, ComputeBackendExt, GuestExecExt, ImageFilter, Owner, PowerAction, VmFilter, VmId, error::seconds,
-};
+use ocr_core::{GuestExec, GuestExecExt, ImageFilter, Owner, PowerAction, Retry, VmFilter, VmId, error::seconds};
 use ocr_grpc::{
     client::{self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient},
     proto::{
@@ -194,7 +193,7 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
     let mut machines = VirtualMachineServiceClient::new(stage.machiner.clone());
     let template = match (args.backend.backend, args.backend.template.as_str()) {
         // The template of the memory backend has a name of its own.
-        (BackendKind::Memory, "guest") => "tiny",
+        (BackendKind::Memory, "guest.qcow2") => "tiny",
         (_, named) => named,
     };
     let request = deploy(template, &links(&stage.backends).await?);
@@ -255,13 +254,14 @@ async fn flow(stage: &Stage, args: &DemoArgs, steps: &mut Steps) -> Result<(), F
     steps.note(&format!("ran an inject; its action says {:?}", inject.stdout), begun);
 
     let begun = Instant::now();
-    guest.shell(vm_id, "touch /opt/demo/state/flag").await?;
+    guest.shell(vm_id, "touch /opt/demo/state/flag && sync").await?;
     next_value(&mut values, 1.0).await?;
     steps.note("changed the guest: the condition's value is 1", begun);
 
     let begun = Instant::now();
+    let boot = boot_id(guest, vm_id).await?;
     compute.set_power(vm_id, PowerAction::Reboot { grace: None }).await?;
-    steps.during("the guest reboots", still_streams(compute, vm_id, &mut values)).await?;
+    steps.during("the guest reboots", still_streams(guest, vm_id, &boot, &mut values)).await?;
     steps.note("reset the guest: the same stream carries on with 1", begun);
 
     let begun = Instant::now();
@@ -339,13 +339,33 @@ async fn next_value(values: &mut Streaming<ConditionStreamResponse>, wanted: f32
     })
 }
 
-/// Two values after the machine runs again prove that the stream outlived the reboot.
+/// What the guest's kernel calls this boot.
+async fn boot_id(guest: &Arc<dyn GuestExec>, vm: VmId) -> ocr_core::Result<Bytes> {
+    Ok(guest.shell(vm, "cat /proc/sys/kernel/random/boot_id").await?.stdout)
+}
+
+/// Two values after the guest is up in another boot prove that the stream outlived the reset: one may have been on
+/// its way before.
 async fn still_streams(
-    compute: &Arc<dyn ComputeBackend>,
+    guest: &Arc<dyn GuestExec>,
     vm: VmId,
+    before: &Bytes,
     values: &mut Streaming<ConditionStreamResponse>,
 ) -> Result<(), Failure> {
-    compute.poll_vm(vm, VALUE_DEADLINE, |seen| seen.is_some_and(|vm| vm.state == ocr_core::VmState::Running)).await?;
+    let another_boot = async {
+        loop {
+            match boot_id(guest, vm).await {
+                Ok(now) if now != before => return Ok(()),
+                Ok(_) => {}
+                Err(error) if error.retry() == Retry::Never => return Err(Failure::from(error)),
+                Err(_) => {}
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(VALUE_DEADLINE, another_boot)
+        .await
+        .unwrap_or_else(|_| Err(Failure::new("the guest did not come back from its reset")))?;
     next_value(values, 1.0).await?;
     next_value(values, 1.0).await
 }
@@ -365,7 +385,7 @@ async fn prove_nothing_is_left(backends: &Backends, owner: &Owner, steps: &mut S
     let begun = Instant::now();
     let machines = backends.compute.list_vms(&VmFilter::owned_by(owner)).await?;
     let images = backends.image.find_images(&ImageFilter { owner: Some(owner.clone()), name: None }).await?;
-    let files = backends.disks_of(owner).await?;
+    let files = backends.sweep_disks(owner).await?;
     if machines.is_empty() && images.is_empty() && files.is_empty() {
         steps.note("nothing is left: no machine, no image, no disk", begun);
         return Ok(());

@@ -9,30 +9,30 @@ use serde::Serialize;
 
 /// Where results go.
 #[derive(Clone, Copy, Debug)]
-pub struct Output {
+pub(crate) struct Output {
     json: bool,
 }
 
 impl Output {
     /// Output as JSON, or as text.
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         Self { json }
     }
 
     /// Whether programs read it.
-    pub fn is_json(&self) -> bool {
+    pub(crate) fn is_json(&self) -> bool {
         self.json
     }
 
     /// A line for people; programs do not see it.
-    pub fn line(&self, text: fmt::Arguments<'_>) {
+    pub(crate) fn line(&self, text: fmt::Arguments<'_>) {
         if !self.json {
             println!("{text}");
         }
     }
 
     /// A result: `text` for people, `value` for programs.
-    pub fn result(&self, text: fmt::Arguments<'_>, value: &impl Serialize) {
+    pub(crate) fn result(&self, text: fmt::Arguments<'_>, value: &impl Serialize) {
         if !self.json {
             println!("{text}");
             return;
@@ -44,7 +44,7 @@ impl Output {
     }
 
     /// A spinner for work that takes long; it shows nothing where nobody looks.
-    pub fn progress(&self, message: impl Into<String>) -> ProgressBar {
+    pub(crate) fn progress(&self, message: impl Into<String>) -> ProgressBar {
         if self.json {
             return ProgressBar::hidden();
         }
@@ -58,7 +58,7 @@ impl Output {
     }
 
     /// Says why nothing came of it.
-    pub fn fail(&self, failure: &Failure) -> ExitCode {
+    pub(crate) fn fail(&self, failure: &Failure) -> ExitCode {
         if self.json {
             eprintln!("{}", serde_json::json!({ "error": { "code": failure.code, "message": failure.message } }));
         } else {
@@ -70,14 +70,14 @@ impl Output {
 
 /// Why a command came to nothing.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     code: Option<String>,
     message: String,
 }
 
 impl Failure {
     /// A failure of this program's own.
-    pub fn new(message: impl Into<String>) -> Self {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { code: None, message: message.into() }
     }
 }

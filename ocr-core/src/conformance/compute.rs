@@ -190,7 +190,7 @@ pub(super) async fn vm_list_filter(c: &Context<'_>) -> Check {
     let spec = c.spec("a")?;
     let one = c.create(&spec).await?.id;
     let other_scope = Tags { scope: c.other_scope(), ..c.tags() };
-    let two = c.create(&VmSpec { tags: other_scope, name: c.name("b")?, ..spec.clone() }).await?.id;
+    let two = c.create(&VmSpec { tags: other_scope, name: c.name("ab")?, ..spec.clone() }).await?.id;
     let other_owner = Tags { owner: c.other_owner()?, ..c.tags() };
     let three = c.create(&VmSpec { tags: other_owner, ..spec.clone() }).await?.id;
     let (owner, scope, name) = (Some(c.subject.owner.clone()), Some(c.scope()), Some(spec.name));

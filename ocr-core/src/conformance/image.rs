@@ -11,8 +11,8 @@ use crate::{
     VmId,
 };
 
-/// The size of the image that is taken in: one MiB, which every backend's unit divides.
-const IMAGE_BYTES: usize = 1 << 20;
+/// The size of the image that is taken in: small, and a whole number of any disk's sectors.
+const IMAGE_BYTES: usize = 64 << 10;
 
 /// A raw disk of noise in a folder of its own. The folder lives as long as the case.
 struct Source {
@@ -155,7 +155,7 @@ pub(super) async fn image_find_filter(c: &Context<'_>) -> Check {
     let source = Source::new()?;
     let spec = source.spec(c, "a")?;
     let one = c.image()?.import_image(&spec).await?.id;
-    let two = c.image()?.import_image(&source.spec(c, "b")?).await?.id;
+    let two = c.image()?.import_image(&source.spec(c, "ab")?).await?.id;
     let other_owner = Tags { owner: c.other_owner()?, ..c.tags() };
     let three = c.image()?.import_image(&ImageSpec { tags: other_owner, ..spec.clone() }).await?.id;
     let (owner, name) = (Some(c.subject.owner.clone()), Some(spec.name));

@@ -132,6 +132,22 @@ impl Default for Subject {
     }
 }
 
+/// The same without any capability, for what a backend must refuse then.
+fn with_less(options: crate::memory::MemoryOptions) -> crate::memory::MemoryOptions {
+    crate::memory::MemoryOptions {
+        power: false,
+        nics: false,
+        make_networks: false,
+        access: false,
+        import: false,
+        capture: false,
+        export: false,
+        users: false,
+        streaming: false,
+        ..options
+    }
+}
+
 /// The trait that a case is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -387,6 +403,8 @@ table! {
         guest_info_missing [] "a machine that does not exist is gone";
         guest_info_stopped [Machine, Power] "a machine that is off is not running";
         guest_info_ready [Guest] "an agent that answers says what it can";
+        guest_booting [Machine] "a guest that boots is not ready, and nothing else";
+        guest_rebooted [Machine, Power] "a reboot loses nothing but time";
         guest_gone_everywhere [] "every method tells that the machine is gone";
         guest_agent_absent [Machine, MuteTemplate] "no agent channel is an error of its own";
         guest_bad_path [Guest] "paths that climb or are not absolute are refused";

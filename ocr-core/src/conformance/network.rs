@@ -135,7 +135,7 @@ pub(super) async fn net_list_filter(c: &Context<'_>) -> Check {
     // is of another kind where one is given.
     let second = match &c.subject.network_kind {
         Some(_) => None,
-        None => Some(c.network()?.create_network(&NetworkSpec { tags: other_scope, ..spec(c, "b")? }).await?.id),
+        None => Some(c.network()?.create_network(&NetworkSpec { tags: other_scope, ..spec(c, "ab")? }).await?.id),
     };
     let (owner, scope, name) = (Some(c.subject.owner.clone()), Some(c.scope()), Some(spec_a.name.clone()));
     let nobody = NetworkFilter { owner: Some(c.other_owner()?), ..NetworkFilter::default() };

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::*;
-use crate::memory::{MemoryCloud, MemoryOptions, MemoryState};
+use crate::{
+    Deletion, Key, Precondition, Version, Versioned,
+    memory::{MemoryCloud, MemoryOptions, MemoryState},
+};
 
 /// Where the traits are, each with the beginning of its cases' names.
 const TRAITS: [(&str, &str); 5] = [
@@ -70,24 +73,9 @@ async fn report(options: MemoryOptions) -> Report {
     run(&Subject::memory(&cloud, &MemoryState::new()), |_| true).await
 }
 
-fn with_less() -> MemoryOptions {
-    MemoryOptions {
-        power: false,
-        nics: false,
-        make_networks: false,
-        access: false,
-        import: false,
-        capture: false,
-        export: false,
-        users: false,
-        streaming: false,
-        ..MemoryOptions::default()
-    }
-}
-
 #[tokio::test(start_paused = true)]
 async fn memory_passes_every_case_with_all_capabilities_or_with_none() {
-    let (all, less) = (report(MemoryOptions::default()).await, report(with_less()).await);
+    let (all, less) = (report(MemoryOptions::default()).await, report(with_less(MemoryOptions::default())).await);
     assert_eq!((all.failed(), less.failed()), (0, 0), "{all}\n{less}");
     for (all, less) in all.cases.iter().zip(&less.cases) {
         let passed = all.outcome == Outcome::Passed || less.outcome == Outcome::Passed;
@@ -117,13 +105,52 @@ async fn memory_passes_with_cases_at_once_in_real_time() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_case_that_hangs_or_panics_fails_alone() {
+async fn a_case_that_hangs_fails_alone() {
     let cloud = MemoryCloud::new();
     cloud.fault("compute.get_vm", 1, crate::memory::Fault::Hang);
     let subject = Subject::memory(&cloud, &MemoryState::new());
     let report = run(&subject, |case| case.subject == Trait::Compute).await;
     assert_eq!(report.failures(), ["vm_create_visible"], "{report}");
     assert!(report.to_string().contains("no end after 360 s"), "{report}");
+}
+
+/// A store that panics when it is read.
+#[derive(Debug)]
+struct Panics(MemoryState);
+
+#[async_trait::async_trait]
+impl StateStore for Panics {
+    async fn get(&self, _: &Key) -> crate::Result<Option<Versioned>> {
+        panic!("on purpose")
+    }
+
+    async fn put(
+        &self,
+        key: &Key,
+        value: bytes::Bytes,
+        only: Precondition,
+        ttl: Option<Duration>,
+    ) -> crate::Result<Version> {
+        self.0.put(key, value, only, ttl).await
+    }
+
+    async fn delete(&self, key: &Key, only: Precondition) -> crate::Result<Deletion> {
+        self.0.delete(key, only).await
+    }
+
+    async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> crate::Result<Vec<(Key, Versioned)>> {
+        self.0.list(prefix, after, limit).await
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_case_that_panics_fails_alone_and_is_cleaned_up() {
+    let store = MemoryState::new();
+    let subject = Subject { state: Some(Arc::new(Panics(store.clone()))), ..Subject::new() };
+    let report = run(&subject, |case| ["state_delete", "state_list_prefix"].contains(&case.name)).await;
+    assert_eq!(report.failures(), ["state_delete"], "{report}");
+    assert!(report.to_string().contains("panicked"), "{report}");
+    assert!(store.list("", None, 10).await.unwrap().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -170,4 +197,60 @@ async fn a_report_is_a_table_and_json() {
     assert_eq!(json["cases"][0]["trait"], "compute");
     assert_eq!(json["cases"][0]["outcome"], "failed");
     assert!(json["cases"][0]["why"].as_str().unwrap().contains("broken"));
+}
+
+/// Runs the mutants of one trait; each must fail exactly the cases it names.
+async fn mutants_of(subject: Trait) {
+    let mut wrong = Vec::new();
+    for mutant in mutants::all().filter(|mutant| mutant.subject == subject) {
+        // Machines are under everything; what a mutant of another trait breaks stays there.
+        let under = |case: &Case| subject == Trait::Compute && case.needs.contains(&Need::Machine);
+        let report = run(&mutant.subject(), |case| case.subject == subject || under(case)).await;
+        let (found, wanted): (BTreeSet<_>, BTreeSet<_>) =
+            (report.failures().into_iter().collect(), mutant.must_fail.iter().copied().collect());
+        if found != wanted || wanted.is_empty() {
+            let failed = |case: &&CaseReport| matches!(case.outcome, Outcome::Failed(_));
+            let shown: Vec<_> = report.cases.iter().filter(failed).map(|case| format!("\n    {case}")).collect();
+            wrong.push(format!("{:?} must fail {wanted:?}, it fails {found:?}{}", mutant.name, shown.concat()));
+        }
+    }
+    assert!(wrong.is_empty(), "{} mutants:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_compute_fail_the_right_cases() {
+    mutants_of(Trait::Compute).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_network_fail_the_right_cases() {
+    mutants_of(Trait::Network).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_image_fail_the_right_cases() {
+    mutants_of(Trait::Image).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_guest_fail_the_right_cases() {
+    mutants_of(Trait::Guest).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_state_fail_the_right_cases() {
+    mutants_of(Trait::State).await;
+}
+
+#[test]
+fn every_case_has_a_mutant_that_fails_it() {
+    let caught: BTreeSet<_> = mutants::all().flat_map(|mutant| mutant.must_fail).copied().collect();
+    for case in cases() {
+        assert!(caught.contains(case.name), "no mutant fails {}", case.name);
+    }
+    assert!(caught.contains(SWEEP));
+    let names: BTreeSet<_> = mutants::all().map(|mutant| mutant.name).collect();
+    assert_eq!(names.len(), mutants::all().count(), "two mutants have one name");
+    println!("{} cases, {} mutants", cases().len(), names.len());
+    assert!(names.len() >= 60, "{} mutants", names.len());
 }

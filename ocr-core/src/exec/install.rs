@@ -15,13 +15,13 @@ use super::{
     Inner, Installed,
     hold::Hold,
     output::{cut, cut_for_error},
-    plan::Plan,
+    plan::{Plan, PlannedFile},
     reboot::BootMark,
     record::{Record, Stage, Stored},
     remove::{Removal, Removed},
     turns::{Slot, Turn, Verdict, gone},
 };
-use crate::{Error, ErrorKind, ExecOutput, ExecRequest, PutFile, Result, Retry, error::reason};
+use crate::{Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry, error::reason};
 
 /// How much of an action's output is fetched at least, so that an error can show its end, in bytes.
 const FETCHED_BYTES: u64 = 1 << 20;
@@ -38,7 +38,7 @@ struct Job {
     caller: CancellationToken,
     begun: Arc<AtomicBool>,
     record: Record,
-    files: Vec<PutFile>,
+    files: Vec<PlannedFile>,
     action: Option<ExecRequest>,
     restarts: bool,
 
@@ -62,7 +62,7 @@ impl Inner {
         let slot = Slot {
             vm: record.vm,
             what: format!("{} {}", record.kind(), record.id),
-            limit: self.turn_limit(plan.files.iter().map(|file| file.content.len() as u64).sum(), plan.files.len()),
+            limit: self.turn_limit(plan.files.iter().map(|file| file.stored.bytes).sum(), plan.files.len()),
             patience: self.config.ready_deadline,
         };
         let begun = Arc::new(AtomicBool::new(false));
@@ -142,14 +142,14 @@ impl Inner {
 
     fn check_sizes(&self, plan: &Plan) -> Result<()> {
         let most = self.guest.capabilities().max_file_bytes;
-        match plan.files.iter().find(|file| file.content.len() as u64 > most) {
+        match plan.files.iter().map(|file| &file.stored).find(|asset| asset.bytes > most) {
             None => Ok(()),
-            Some(file) => Err(Error::invalid(
+            Some(asset) => Err(Error::invalid(
                 "assets",
                 format_args!(
                     "{} has {} bytes; files of at most {most} bytes can be copied into this guest",
-                    crate::id::shown(&file.path),
-                    file.content.len()
+                    crate::id::shown(&asset.path),
+                    asset.bytes
                 ),
             )),
         }
@@ -232,7 +232,11 @@ impl Job {
             }
         }
         while let Some(file) = self.files.get(self.written) {
-            match inner.guest.put_file(vm, file).await {
+            let file = match file.read().await {
+                Ok(file) => file,
+                Err(error) => return Turn::Failed(error),
+            };
+            match inner.guest.put_file(vm, &file).await {
                 Ok(()) => self.written += 1,
                 Err(error) => return inner.refused(vm, error).await,
             }

@@ -22,6 +22,47 @@
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
+//!
+//! # Example
+//! ```
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use std::{sync::Arc, time::Duration};
+//!
+//! use futures::StreamExt;
+//! use ocr_core::{
+//!     ComputeBackend,
+//!     exec::{Account, ConditionRequest, Config, Executor, Parts, Probe},
+//!     memory::{MemoryCloud, MemoryState},
+//!     package::LocalFolder,
+//!     queue::scheduler::{Scheduler, SchedulerConfig},
+//! };
+//!
+//! let cloud = MemoryCloud::new();
+//! let vm = cloud.create_vm(&MemoryCloud::tiny_spec("web-0")).await?.id;
+//! let parts = Parts {
+//!     guest: Arc::new(cloud.clone()),
+//!     compute: Arc::new(cloud),
+//!     store: Arc::new(MemoryState::new()),
+//!     packages: Arc::new(LocalFolder::new("/srv/packages")),
+//!     scheduler: Scheduler::start(SchedulerConfig::default()),
+//! };
+//! let executor = Executor::new(parts, Config::default());
+//! executor.recover().await?;
+//!
+//! let condition = ConditionRequest {
+//!     name: "root is there".to_owned(),
+//!     vm,
+//!     account: Account::default(),
+//!     probe: Probe::Command { line: "grep -c ^root: /etc/passwd".to_owned(), interval: Duration::from_secs(10) },
+//!     environment: [].into(),
+//! };
+//! let id = executor.create_condition(condition).await?.id;
+//! let mut values = executor.watch(id).await?;
+//! assert_eq!(values.next().await.unwrap()?.value, 1.0);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -40,7 +81,7 @@ use self::{
     condition::{Ended, Runner},
     hold::Holds,
     plan::Plan,
-    record::{Record, Records, Stage, StoredProbe},
+    record::{Record, Records, Stage, Stored, StoredProbe},
     remove::{Removal, Removed},
 };
 use crate::{
@@ -101,8 +142,20 @@ pub struct Config {
     pub reply_output_bytes: usize,
 }
 
-/// The account that actions run as. Neither secret is ever stored or shown.
-#[derive(Clone, Debug)]
+impl Default for Config {
+    /// Five minutes for an action, ten for a guest, a look every five seconds at most, 1 MiB of output.
+    fn default() -> Self {
+        Self {
+            action_deadline: Duration::from_secs(300),
+            ready_deadline: Duration::from_secs(600),
+            ready_interval: Duration::from_secs(5),
+            reply_output_bytes: 1 << 20,
+        }
+    }
+}
+
+/// The account that actions run as. Neither secret is ever stored or shown. The default is the agent's own user.
+#[derive(Clone, Debug, Default)]
 pub struct Account {
     /// The guest's user; empty means the agent's own.
     pub username: String,
@@ -310,10 +363,9 @@ impl Executor {
         let vm = request.vm;
         self.own(move |inner, caller| async move {
             let InstallRequest { kind, name, vm, package, account, environment } = request;
-            let (plan, package) = inner.fetch(kind, &package, &account.username, &caller).await?;
             let mut record = Record::new(kind, name, vm);
-            package.describe(&mut record);
             record.user = user(account);
+            let plan = inner.plan(&mut record, &package, &caller).await?;
             inner.install(record, Plan { environment, ..plan }, caller).await
         })
         .await
@@ -330,20 +382,15 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
+            record.user = user(account);
             record.environment = environment;
             let plan = match probe {
-                Probe::Package(package) => {
-                    let (plan, package) =
-                        inner.fetch(InstallKind::Condition, &package, &account.username, &caller).await?;
-                    package.describe(&mut record);
-                    plan
-                }
+                Probe::Package(package) => inner.plan(&mut record, &package, &caller).await?,
                 Probe::Command { line, interval } => {
                     record.probe = Some(StoredProbe::new(line, interval));
                     Plan::default()
                 }
             };
-            record.user = user(account);
             if record.touches_guest() {
                 return inner.install(record, plan, caller).await;
             }
@@ -380,34 +427,41 @@ impl Executor {
             .map_err(|error| error.during("exec.remove").on(format!("{kind} {id}")))
     }
 
-    /// What is completely installed, on one machine or on all, in no particular order.
+    /// What is completely installed, on one machine or on all, in no particular order. Records that this version cannot
+    /// read are left out and logged; [`Executor::recover`] reports them.
     ///
     /// # Errors
     /// Those of the store.
     pub async fn list(&self, vm: Option<VmId>) -> Result<Vec<InstallRecord>> {
         let records = &self.inner.records;
         let mut found = Vec::new();
-        match vm {
-            Some(vm) => found = records.of_vm(vm).await?,
-            None => {
-                let mut after = None;
-                loop {
-                    let (page, next) = records.page(after.as_ref()).await?;
-                    for read in page {
-                        found.push(read?);
-                    }
-                    match next {
-                        Some(_) => after = next,
-                        None => break,
-                    }
+        let mut keep = |read: Result<Stored>| match read {
+            Ok(stored) if matches!(stored.record.stage, Stage::Installed | Stage::Removing) => {
+                found.push(stored.record.public());
+            }
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "an install cannot be listed"),
+        };
+        if let Some(vm) = vm {
+            for id in records.ids_of(vm).await? {
+                match records.get(id).await {
+                    Ok(Some(stored)) => keep(Ok(stored)),
+                    Ok(None) => {}
+                    Err(error) if error.kind() == ErrorKind::Internal => keep(Err(error)),
+                    Err(error) => return Err(error),
                 }
             }
+            return Ok(found);
         }
-        Ok(found
-            .into_iter()
-            .filter(|stored| matches!(stored.record.stage, Stage::Installed | Stage::Removing))
-            .map(|stored| stored.record.public())
-            .collect())
+        let mut after = None;
+        loop {
+            let (page, next) = records.page(after.as_ref()).await?;
+            page.into_iter().for_each(&mut keep);
+            match next {
+                Some(_) => after = next,
+                None => return Ok(found),
+            }
+        }
     }
 
     /// How the conditions are doing that are watched now, in the order of their ids.
@@ -469,26 +523,20 @@ impl Inner {
         if self.closing.is_cancelled() { Err(shutting_down()) } else { Ok(()) }
     }
 
-    /// Fetches a package and checks that it is of the kind that was asked for.
-    async fn fetch(
-        &self,
-        kind: InstallKind,
-        package: &PackageRef,
-        user: &str,
-        caller: &CancellationToken,
-    ) -> Result<(Plan, plan::Description)> {
-        let fetched = tokio::select! {
-            fetched = tokio::time::timeout(FETCH_DEADLINE, self.packages.fetch(&package.name, &package.version)) => fetched,
+    /// Fetches a package, and reads what is to be done and recorded.
+    async fn plan(&self, record: &mut Record, package: &PackageRef, caller: &CancellationToken) -> Result<Plan> {
+        let planned = async { plan::plan(record, self.packages.fetch(&package.name, &package.version).await?).await };
+        let planned = tokio::select! {
+            planned = tokio::time::timeout(FETCH_DEADLINE, planned) => planned,
             () = caller.cancelled() => return Err(Error::unavailable("the request was given up before it began")),
         };
-        let fetched = fetched.map_err(|_| {
+        planned.map_err(|_| {
             Error::timed_out(format!(
                 "package {} was not fetched in {}",
                 crate::id::shown(&package.name),
                 crate::error::seconds(FETCH_DEADLINE)
             ))
-        })??;
-        plan::plan(kind, &fetched, user)
+        })?
     }
 
     async fn remove(self: Arc<Self>, kind: InstallKind, id: InstallId, caller: CancellationToken) -> Result<Deletion> {
@@ -501,8 +549,16 @@ impl Inner {
         if self.is_active(id) {
             return Err(Error::new(ErrorKind::Conflict, "it is still being installed").with_retry(Retry::Safe));
         }
-        let removal = Removal::remove(&self, id, stored.record.vm);
-        let removed = self.clone().run_removal(removal, self.config.ready_deadline, &caller).await?;
+        let removed = if stored.record.touches_guest() {
+            let removal = Removal::remove(&self, id, stored.record.vm);
+            self.clone().run_removal(removal, self.config.ready_deadline, &caller).await?
+        } else {
+            // Nothing to wait for in the queue.
+            match self.records.delete(stored.record.vm, id).await? {
+                Deletion::Deleted => Removed::Done,
+                Deletion::AlreadyGone => Removed::Absent,
+            }
+        };
         self.end_watch(
             id,
             match removed {

@@ -13,7 +13,7 @@ use crate::{
     Deletion, Error, ErrorKind, InstallId, Key, Precondition, Result, Retry, StateStore, Version, Versioned, VmId,
     error::reason,
     exec::{InstallKind, InstallRecord},
-    state::MAX_PAGE,
+    state::{MAX_PAGE, MAX_VALUE_BYTES},
 };
 
 /// The form of the records this version writes.
@@ -177,6 +177,21 @@ impl Record {
     /// Whether its machine has to be touched to undo or remove it.
     pub(super) fn touches_guest(&self) -> bool {
         !self.assets.is_empty() || self.delete_action.is_some()
+    }
+
+    /// Checks that the store can take it.
+    pub(super) fn check_size(&self) -> Result<()> {
+        let bytes = self.write()?.len();
+        if bytes > MAX_VALUE_BYTES {
+            return Err(Error::invalid(
+                "assets",
+                format_args!(
+                    "the record of {} assets would take {bytes} bytes; at most {MAX_VALUE_BYTES} can be stored",
+                    self.assets.len()
+                ),
+            ));
+        }
+        Ok(())
     }
 
     /// Its part for other programs.
@@ -429,5 +444,16 @@ mod tests {
         let (vm, id) = (VmId::random(), InstallId::random());
         let key = index_key(vm, id).unwrap();
         assert_eq!((vm_in(&key), id_in(&key)), (Some(vm), Some(id)));
+    }
+
+    #[test]
+    fn a_record_that_no_store_takes_is_refused_beforehand() {
+        let mut record = record();
+        let asset = StoredAsset { path: format!("/{}", "x".repeat(200)), bytes: 1, sha256: "0".repeat(64) };
+        record.assets = vec![asset.clone(); 3000];
+        record.check_size().unwrap();
+        record.assets.extend(vec![asset; 3000]);
+        let error = record.check_size().unwrap_err();
+        assert!(error.to_string().contains("6000 assets"), "{error}");
     }
 }

@@ -160,7 +160,7 @@ impl Inner {
         loop {
             let (page, next) = self.records.index_page(after.as_ref()).await?;
             for (vm, id) in page {
-                if !self.is_active(id) && matches!(self.records.get(id).await, Ok(None)) {
+                if matches!(self.records.get(id).await, Ok(None)) {
                     self.records.delete_index(vm, id).await?;
                 }
             }

@@ -1,6 +1,6 @@
 //! Deploying machines so that nothing is ever left behind.
 //!
-//! A create is a plan of steps, each with its undo ([`plan`](self::CreatePlan)). Before any effect the intent is
+//! A create is a plan of steps, and its undo takes back whatever they made. Before any effect the intent is
 //! written to the journal in the [`StateStore`](crate::StateStore). Four things together keep the promise, and none of
 //! them is enough alone (each was measured by a crash model before this was built):
 //!

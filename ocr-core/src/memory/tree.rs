@@ -212,6 +212,9 @@ impl Tree {
     }
 
     fn add(&mut self, who: &str, path: &str, node: Node) -> Outcome<()> {
+        if path.is_empty() {
+            return Err(Fail::Missing);
+        }
         if !self.open(who, parent(path), Want::Write)?.is_folder() {
             return Err(Fail::NoFolder);
         }
@@ -276,8 +279,12 @@ pub(super) fn join(folder: &str, name: &str) -> String {
     if folder == "/" { format!("/{name}") } else { format!("{folder}/{name}") }
 }
 
-/// A path as the tree knows it: absolute, without `.`, `..` and doubled slashes.
+/// A path as the tree knows it: absolute, without `.`, `..` and doubled slashes. The empty path stays empty and is that of
+/// nothing.
 pub(super) fn resolve(folder: &str, path: &str) -> String {
+    if path.is_empty() {
+        return String::new();
+    }
     let from = if path.starts_with('/') { "" } else { folder };
     let mut parts: Vec<&str> = Vec::new();
     for part in from.split('/').chain(path.split('/')) {

@@ -37,7 +37,7 @@
 //! twice as long as what lives in it.
 
 use std::{
-    cmp::Reverse,
+    cmp::{Ordering, Reverse},
     collections::{BinaryHeap, HashMap, VecDeque},
 };
 
@@ -259,31 +259,39 @@ struct Vm {
 #[derive(Debug, Default)]
 struct Lane {
     /// The top is always alive.
-    heap: BinaryHeap<Reverse<(Key, OpId)>>,
+    heap: BinaryHeap<Entry<OpId>>,
     dead: usize,
     /// The entry that the head has among the heads of all idle machines.
     listed: Option<Listing>,
 }
 
 /// Orders by tag, then by arrival.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Key {
     tag: u64,
     seq: u64,
 }
 
-/// A lane's head among those of the other machines. The stamp is never used twice, so an entry is alive when its
-/// machine's lane still has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Listing {
+/// What a heap holds. The greatest comes out first, which is that with the least key; nothing else is compared.
+#[derive(Clone, Copy, Debug)]
+struct Entry<T> {
     key: Key,
+    item: T,
+}
+
+/// A lane's head among those of the other machines. The stamp is never used twice, so an entry is alive when its
+/// machine's lane still has its stamp.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Listed {
     stamp: u64,
     vm: u32,
 }
 
+type Listing = Entry<Listed>;
+
 #[derive(Debug, Default)]
 struct Heads {
-    heap: BinaryHeap<Reverse<Listing>>,
+    heap: BinaryHeap<Listing>,
     alive: usize,
 }
 
@@ -546,7 +554,7 @@ impl FairQueue {
     }
 
     fn start(&mut self, class: Class, listing: Listing, now_us: u64) -> Option<Start> {
-        let vm = &mut self.vms[listing.vm as usize];
+        let vm = &mut self.vms[listing.item.vm as usize];
         let id = vm.lanes[class as usize].pop(&self.ops)?;
         let op = &mut self.ops[id.index()];
         op.place = Place::Running { class, cancelled: false };
@@ -573,7 +581,7 @@ impl FairQueue {
         self.counters.running_on_probation += usize::from(vm.on_probation);
         self.counters.peak_running = self.counters.peak_running.max(self.counters.running);
         let start = Start { op: id, vm: vm.id, run: op.runs, planned_us: op.due_us, skipped: op.skipped };
-        self.list_heads(listing.vm);
+        self.list_heads(listing.item.vm);
         Some(start)
     }
 
@@ -620,7 +628,7 @@ impl FairQueue {
         }
         op.place = Place::Ready(class);
         self.seq += 1;
-        vm.lanes[class as usize].heap.push(Reverse((Key { tag: op.tag, seq: self.seq }, id)));
+        vm.lanes[class as usize].heap.push(Entry { key: Key { tag: op.tag, seq: self.seq }, item: id });
         self.counters.ready += 1;
         self.list_heads(vm_index);
     }
@@ -634,12 +642,12 @@ impl FairQueue {
             let lane = &mut vm.lanes[class as usize];
             let head = match lane.heap.peek() {
                 _ if vm.busy || class == Class::First && held_back => None,
-                head => head.map(|Reverse(head)| *head),
+                head => head.copied(),
             };
-            if lane.listed.map(|listing| listing.key.seq) == head.map(|(key, _)| key.seq) {
+            if lane.listed.map(|listing| listing.key.seq) == head.map(|head| head.key.seq) {
                 continue;
             }
-            let offered = head.map(|(mut key, id)| {
+            let offered = head.map(|Entry { mut key, item: id }| {
                 if class == Class::Again {
                     let floor_us = self.virtual_us.saturating_sub(self.ops[id.index()].interval_us);
                     vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(key.tag));
@@ -652,15 +660,15 @@ impl FairQueue {
             heads.alive += usize::from(offered.is_some());
             lane.listed = offered.map(|key| {
                 self.seq += 1;
-                Listing { key, stamp: self.seq, vm: vm_index }
+                Entry { key, item: Listed { stamp: self.seq, vm: vm_index } }
             });
-            heads.heap.extend(lane.listed.map(Reverse));
+            heads.heap.extend(lane.listed);
         }
         for class in Class::BOTH {
             let heads = &mut self.heads[class as usize][ward];
             if heads.heap.len() > 2 * heads.alive + DEAD_ALLOWED {
                 let vms = &self.vms;
-                heads.heap.retain(|Reverse(head)| vms[head.vm as usize].lanes[class as usize].listed == Some(*head));
+                heads.heap.retain(|head| vms[head.item.vm as usize].lanes[class as usize].lists(head));
             }
         }
     }
@@ -680,16 +688,16 @@ impl FairQueue {
             return healthy;
         }
         match (healthy, self.first_in(class, 1)) {
-            (Some(healthy), Some(probation)) => Some(healthy.min(probation)),
+            (Some(healthy), Some(probation)) => Some(healthy.max(probation)),
             (healthy, probation) => healthy.or(probation),
         }
     }
 
     fn first_in(&mut self, class: Class, ward: usize) -> Option<Listing> {
         let heads = &mut self.heads[class as usize][ward];
-        while let Some(&Reverse(head)) = heads.heap.peek() {
-            if self.vms[head.vm as usize].lanes[class as usize].listed == Some(head) {
-                return Some(head);
+        while let Some(head) = heads.heap.peek() {
+            if self.vms[head.item.vm as usize].lanes[class as usize].lists(head) {
+                return Some(*head);
             }
             heads.heap.pop();
         }
@@ -786,16 +794,51 @@ impl Vm {
     }
 }
 
+impl Key {
+    /// As one number, compared without a branch: most of a heap's time goes there.
+    fn order(self) -> u128 {
+        u128::from(self.tag) << 64 | u128::from(self.seq)
+    }
+}
+
+impl<T> Ord for Entry<T> {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.key.order().cmp(&self.key.order())
+    }
+}
+
+impl<T> PartialOrd for Entry<T> {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+
+    fn le(&self, other: &Self) -> bool {
+        self.key.order() >= other.key.order()
+    }
+}
+
+impl<T> PartialEq for Entry<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.key == other.key
+    }
+}
+
+impl<T> Eq for Entry<T> {}
+
 impl Lane {
+    fn lists(&self, head: &Listing) -> bool {
+        self.listed.is_some_and(|listed| listed.item.stamp == head.item.stamp)
+    }
+
     fn len(&self) -> usize {
         self.heap.len() - self.dead
     }
 
     /// Takes the head.
     fn pop(&mut self, ops: &[Op]) -> Option<OpId> {
-        let Reverse((_, id)) = self.heap.pop()?;
+        let head = self.heap.pop()?;
         self.clean_top(ops);
-        Some(id)
+        Some(head.item)
     }
 
     /// Notes that one entry died.
@@ -803,14 +846,14 @@ impl Lane {
         self.dead += 1;
         self.clean_top(ops);
         if self.dead > self.heap.len() / 2 + DEAD_ALLOWED {
-            self.heap.retain(|Reverse((_, id))| ops[id.index()].generation == id.generation);
+            self.heap.retain(|Entry { item: id, .. }| ops[id.index()].generation == id.generation);
             self.dead = 0;
         }
     }
 
     fn clean_top(&mut self, ops: &[Op]) {
         while self.dead > 0
-            && let Some(Reverse((_, id))) = self.heap.peek()
+            && let Some(Entry { item: id, .. }) = self.heap.peek()
             && ops[id.index()].generation != id.generation
         {
             self.heap.pop();

@@ -68,6 +68,33 @@ impl Default for SchedulerConfig {
 
 /// Runs operations on machines: one at a time on each, [`SchedulerConfig::max_connections`] at once over all, in the
 /// order that [`fair`](super::fair) promises. Cloning is cheap; all clones are one scheduler.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use futures::FutureExt;
+/// use ocr_core::{VmId, queue::{Scheduler, SchedulerConfig}};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> ocr_core::Result<()> {
+/// let scheduler = Scheduler::start(SchedulerConfig { max_connections: 10, ..SchedulerConfig::default() });
+/// let (vm, limit) = (VmId::random(), Duration::from_secs(5));
+///
+/// let condition = scheduler.every(vm, "disk usage", Duration::from_secs(30), limit, |tick| {
+///     async move {
+///         println!("run {}, {:?} late", tick.run, tick.lateness);
+///         Ok(())
+///     }
+///     .boxed()
+/// })?;
+/// let answer = scheduler.run_once(vm, "install", limit, async { Ok(42) }).await?;
+/// assert_eq!(answer, 42);
+///
+/// drop(condition); // no more runs
+/// scheduler.shutdown(Duration::from_secs(10)).await;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct Scheduler {
     owner: Arc<Owner>,

@@ -14,6 +14,8 @@
 
 mod agent;
 mod files;
+#[cfg(feature = "libvirt")]
+mod link;
 mod runner;
 
 use std::{fmt, time::Duration};
@@ -26,6 +28,8 @@ use ocr_core::{
 };
 use tokio::{sync::mpsc, time::Instant};
 
+#[cfg(feature = "libvirt")]
+pub(crate) use self::link::Link;
 use self::{
     agent::{Agent, Exited, Handle, is_outage, is_refusal, is_untouched},
     runner::{INLINE_BYTES, Input, Output, RUN, Reply, Script},

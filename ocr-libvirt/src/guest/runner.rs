@@ -3,7 +3,11 @@
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use ocr_core::{Command, Error, ErrorKind, ExecRequest, Result, error::seconds, id::shown};
+use ocr_core::{
+    Command, Error, ErrorKind, ExecRequest, Result,
+    error::{reason, seconds},
+    id::shown,
+};
 
 use super::agent::Exited;
 
@@ -195,7 +199,7 @@ impl Output {
 /// # Errors
 /// Whatever means that there is no result, now or ever.
 pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
-    use ocr_core::Retry::Never;
+    use ocr_core::Retry::{Ambiguous, Never};
     match reply.state() {
         "done" => Ok(Ended {
             exit_code: i32::try_from(reply.number(0)?).map_err(|_| reply.senseless())?,
@@ -218,11 +222,12 @@ pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
         "rebooted" => Err(Error::unavailable(
             "the guest rebooted while the command ran; it is not known how far it came, and it is not run again",
         )
-        .with_retry(Never)),
+        .with_reason(reason::AGENT_NOT_READY)
+        .with_retry(Ambiguous)),
         "died" => Err(Error::unavailable(
             "the guest ended the runner while the command ran; it is not known how far it came, and it is not run again",
         )
-        .with_retry(Never)),
+        .with_retry(Ambiguous)),
         "fail" => Err(reply.failure()),
         _ => Err(reply.senseless()),
     }

@@ -43,6 +43,11 @@ alive() {
     [ "${20}" = "$began" ]
 }
 
+# Lets go of all that others wait for the end of. By `exec`: for a function's redirection a shell keeps the old ones.
+detach() {
+    exec </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&-
+}
+
 # Keeps the first $limit bytes of output $1 aside and empties the file, under the writer's hands: it appends.
 clip() {
     if [ ! -e "$d.$1.kept" ]; then
@@ -87,6 +92,7 @@ hunt() {
 
 # Runs beside the command: bounds its output and ends it at its deadline.
 watch() {
+    detach
     trap : HUP INT QUIT TERM
     prey=' '
     while sleep 1 || sleep 1; do
@@ -109,6 +115,7 @@ watch() {
 
 # Drops the oldest runs: 64 stay, and 4 of those with an output too big to be told in one message.
 prune() {
+    detach
     cd "$base/ops" || return
     n=0 big=0
     for o in *.run; do
@@ -221,13 +228,15 @@ run() {
     exec 4>>"$d.pids" 5>>"$d.out" 6>>"$d.err"
     clock
     end=$((now + deadline))
-    watch </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&- &
+    watch &
     watch=$!
     umask 022
     cd /
     : "${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"
     export PATH
     # A session of its own: a signal to its whole group, whoever sends it, does not reach us, nor ours it.
+    # Out of the agent's control group: systemd ends all that is in it when it restarts the agent.
+    [ ! -w /sys/fs/cgroup/cgroup.procs ] || echo 0 >/sys/fs/cgroup/cgroup.procs
     # In the foreground: a shell's background command ignores interrupts for good. It appends, see clip. Its outputs
     # are set inside: the shell here would tell its end by a signal in them.
     if [ -z "$user" ]; then
@@ -246,6 +255,9 @@ run() {
     umask 077
     [ -e "$d.late" ] || kill -KILL "$watch"
     wait "$watch"
+    # Whoever ends us, ends the command too, as a guest that goes down does: no result is better than one that the
+    # command did not choose.
+    [ ! "$down" ] || say died
     if [ -e "$d.late" ]; then
         state=late
     elif [ -n "$user" ]; then
@@ -266,7 +278,7 @@ run() {
     echo "$state $code $ocut $cut $osize $now ." >"$d.result"
     set -- "$base"/ops/*.run
     if [ $# -gt 128 ] || [ "$osize" -gt "$inline" ]; then
-        prune </dev/null >/dev/null 3>&- 4>&- 5>&- 6>&- &
+        prune &
     fi
     tell "$state" "$code" "$ocut" "$cut"
 }
@@ -275,7 +287,9 @@ base=$1 d=$1/ops/$2 deadline=$3 limit=$4 inline=$5 head=$6 total=$7 staged=$8 us
 # The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
 # group. Handlers are not inherited, as what is ignored is.
 exec 3>&2 2>/dev/null
-trap : HUP INT QUIT TERM
+trap : HUP INT QUIT
+down=
+trap down=1 TERM
 read -r boot </proc/sys/kernel/random/boot_id
 if [ ! -e "$d.run" ]; then
     clock

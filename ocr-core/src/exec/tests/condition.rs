@@ -120,6 +120,7 @@ async fn the_last_stream_that_is_dropped_frees_the_place_at_once_also_in_the_que
     assert_eq!((rig.queued(), rig.executor.conditions().len()), (2, 1));
     drop(other);
     assert_eq!((rig.queued(), rig.executor.conditions().len()), (1, 0));
+    assert_eq!(rig.executor.inner.runners.lock().unwrap().len(), 0, "nothing piles up");
     long.await.unwrap().unwrap();
     tokio::time::sleep(seconds(30)).await;
     assert_eq!(rig.cloud.commands(rig.vm), commands);
@@ -230,10 +231,22 @@ async fn a_stream_ends_with_not_found_when_its_condition_is_removed() {
     let mut stream = rig.executor.watch(id).await.unwrap();
     assert_eq!(value(&mut stream).await, 1.0);
     assert_eq!(rig.executor.remove(InstallKind::Condition, id).await.unwrap(), Deletion::Deleted);
+    assert_eq!(rig.queued(), 0, "also while nobody reads the stream");
     assert_eq!(next(&mut stream).await.unwrap().unwrap_err().kind(), ErrorKind::NotFound);
     assert!(next(&mut stream).await.is_none());
     assert_eq!(rig.executor.watch(id).await.err().unwrap().kind(), ErrorKind::NotFound);
     assert_eq!((rig.queued(), rig.stored().await), (0, vec![]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_removal_of_a_command_waits_for_nobody() {
+    let rig = Rig::new().await;
+    rig.flag("1");
+    let id = rig.command(FLAG, seconds(10)).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let began = tokio::time::Instant::now();
+    rig.executor.remove(InstallKind::Condition, id).await.unwrap();
+    assert_eq!((began.elapsed(), rig.stored().await), (Duration::ZERO, vec![]));
 }
 
 #[tokio::test(start_paused = true)]
@@ -371,4 +384,49 @@ async fn a_condition_on_no_machine_is_refused() {
     let error = rig.executor.create_condition(command(VmId::random(), "echo 1", seconds(1))).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NotFound);
     assert_eq!(rig.stored().await, []);
+}
+
+/// How many of three conditions are taken away under their streams.
+const REMOVED: usize = 2;
+
+/// Many tasks on several threads watch, drop and remove the same few conditions, in real time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn streams_that_come_and_go_on_many_threads_leave_nothing() {
+    let rig = Arc::new(Rig::new().await);
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(rig.command("echo 1", Duration::from_millis(2)).await);
+    }
+    let tasks: Vec<_> = (0..24_usize)
+        .map(|task| {
+            let (rig, id) = (rig.clone(), ids[task % ids.len()]);
+            tokio::spawn(async move {
+                for round in 0..60 {
+                    let Ok(mut stream) = rig.executor.watch(id).await else { return };
+                    for _ in 0..(task + round) % 3 {
+                        match tokio::time::timeout(seconds(60), stream.next()).await.expect("the stream is silent") {
+                            Some(Ok(seen)) => assert_eq!(seen.value, 1.0),
+                            Some(Err(error)) => assert_eq!(error.kind(), ErrorKind::NotFound),
+                            None => break,
+                        }
+                    }
+                    // One task takes the condition away under the others.
+                    if task < REMOVED && round == 40 {
+                        rig.executor.remove(InstallKind::Condition, id).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    assert_eq!(rig.executor.inner.runners.lock().unwrap().len(), 0);
+    let free = async {
+        while rig.queued() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(seconds(60), free).await.expect("an operation stays in the queue");
+    assert_eq!(rig.executor.list(None).await.unwrap().len(), ids.len() - REMOVED);
 }

@@ -7,7 +7,7 @@ use crate::error::reason;
 
 const FILES: [&str; 2] = ["/srv/web/a", "/srv/web/b"];
 
-fn shapes() -> [crate::package::Package; 3] {
+fn shapes() -> [Draft; 3] {
     let web = || feature("web").asset(FILES[0], 0o644, "a").asset(FILES[1], 0o644, "b");
     [web(), web().action("cat /srv/web/a /srv/web/b > /root/did"), web().action("true").restarts().delete("true")]
 }
@@ -48,7 +48,7 @@ async fn a_fault_at_any_call_of_an_install_leaves_all_or_nothing() {
                 let what = format!("package {shape}, call {nth} {name}");
                 let mut rig = Rig::with(slow()).await;
                 tokio::time::sleep(seconds(60)).await;
-                rig.shelf.put(clone(&package));
+                rig.shelf.put(package.clone());
                 rig.faults().inject("*", nth, fault());
                 let result = tokio::time::timeout(seconds(36_000), rig.install(InstallKind::Feature, "web")).await;
                 let result = result.unwrap_or_else(|_| panic!("{what}: it never ends"));
@@ -76,7 +76,7 @@ async fn a_fault_at_any_call_of_a_removal_leaves_all_or_nothing_and_it_can_be_re
             let what = format!("call {nth} {name}");
             let rig = Rig::with(slow()).await;
             tokio::time::sleep(seconds(60)).await;
-            rig.shelf.put(shapes()[2].deleting("rm -f /srv/web/a"));
+            rig.shelf.put(shapes()[2].clone().delete("rm -f /srv/web/a"));
             let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
             rig.faults().inject("*", nth, fault());
             let removal = rig.executor.remove(InstallKind::Feature, id);
@@ -132,7 +132,7 @@ fn a_kill_at_any_call_of_an_install_leaves_all_or_nothing_after_recovery() {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
                 let runtime = runtime.unwrap();
                 let mut rig = runtime.block_on(Rig::new());
-                rig.shelf.put(clone(&package));
+                rig.shelf.put(package.clone());
                 let killed = killed_at_call(&rig, nth, after, async |executor| {
                     executor.install(request(InstallKind::Feature, rig.vm, "web")).await.unwrap();
                 });
@@ -164,7 +164,7 @@ fn a_kill_at_any_call_of_a_removal_is_finished_or_never_began() {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
             let mut rig = runtime.block_on(Rig::new());
-            rig.shelf.put(shapes()[2].deleting("rm -f /srv/web/a"));
+            rig.shelf.put(shapes()[2].clone().delete("rm -f /srv/web/a"));
             let id = runtime.block_on(rig.install(InstallKind::Feature, "web")).unwrap().id;
             let killed = killed_at_call(&rig, nth, after, async |executor| {
                 executor.remove(InstallKind::Feature, id).await.unwrap();
@@ -183,6 +183,45 @@ fn a_kill_at_any_call_of_a_removal_is_finished_or_never_began() {
         }
     }
     assert!(tried > 10, "only {tried} kills");
+}
+
+#[test]
+fn a_kill_at_any_call_of_a_recovery_is_made_good_by_the_next() {
+    let mut tried = 0;
+    for after in [false, true] {
+        for nth in 1.. {
+            let what = format!("killed at call {nth}, after its effect: {after}");
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+            let mut rig = runtime.block_on(Rig::new());
+            rig.shelf.put(shapes()[1].clone());
+            // Leftovers: an install whose action ran, and one on a machine that is gone.
+            for vm in [rig.vm, runtime.block_on(rig.another_vm("gone"))] {
+                rig.faults().inject("guest.exec", 1, Fault::HangAfter);
+                killed_at_call(&rig, u64::MAX, true, async |executor| {
+                    let install = executor.install(request(InstallKind::Feature, vm, "web"));
+                    let _killed = tokio::time::timeout(seconds(1), install).await;
+                });
+                if vm != rig.vm {
+                    rig.cloud.vanish_vm(vm);
+                }
+            }
+            assert_eq!(runtime.block_on(rig.stored()).len(), 4);
+            let killed = killed_at_call(&rig, nth, after, async |executor| {
+                executor.recover().await.unwrap();
+            });
+            if !killed {
+                break;
+            }
+            tried += 1;
+            runtime.block_on(async {
+                rig.restart();
+                assert_eq!(rig.executor.recover().await.unwrap().failed, Vec::<String>::new(), "{what}");
+                assert!(!rig.check(&what).await, "{what}");
+            });
+        }
+    }
+    assert!(tried > 20, "only {tried} kills");
 }
 
 #[tokio::test(start_paused = true)]
@@ -320,26 +359,5 @@ proptest! {
                 assert_eq!(found, wanted);
             }
         });
-    }
-}
-
-fn clone(package: &crate::package::Package) -> crate::package::Package {
-    package.deleting(package.delete.as_deref().unwrap_or_default())
-}
-
-impl crate::package::Package {
-    /// The same with another delete action.
-    fn deleting(&self, line: &str) -> Self {
-        Self {
-            kind: self.kind.clone(),
-            name: self.name.clone(),
-            version: self.version.clone(),
-            sha256: self.sha256.clone(),
-            files: self.files.clone(),
-            action: self.action.clone(),
-            delete: Some(line.to_owned()).filter(|line| !line.is_empty()),
-            restarts: self.restarts,
-            interval: self.interval,
-        }
     }
 }

@@ -1,7 +1,7 @@
 use super::{odd::Odd, *};
 use crate::{ErrorKind, PowerAction, error::reason};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web")
         .asset("/srv/web/index.html", 0o644, "hello")
         .asset("/srv/web/run.sh", 0o755, "#!/bin/sh\necho $GREETING from $(whoami)\necho trouble >&2\n")
@@ -206,9 +206,11 @@ async fn an_agent_that_answers_just_before_it_goes_down_is_not_taken_for_back() 
     for no_boot_id in [false, true] {
         let rig = Rig::with(slow()).await;
         rig.shelf.put(web().restarts());
-        let odd = Odd { cloud: rig.cloud.clone(), reboots_after: seconds(7), no_boot_id };
+        let odd = Odd { reboots_after: seconds(7), no_boot_id, ..Odd::new(&rig.cloud) };
         let (_scheduler, executor) = start(&odd, &odd, &rig.store, &rig.shelf, 4);
+        let began = tokio::time::Instant::now();
         executor.install(request(InstallKind::Feature, rig.vm, "web")).await.unwrap();
+        assert!(began.elapsed() < seconds(45), "{:?}", began.elapsed());
         assert_eq!(rig.cloud.boots(rig.vm), Some(2), "no boot id: {no_boot_id}");
         assert!(rig.cloud.guest_info(rig.vm).await.is_ok());
     }
@@ -370,4 +372,146 @@ async fn shutdown_refuses_new_work_lets_begun_work_end_and_counts_what_does_not(
     assert_eq!(rig.install(InstallKind::Feature, "web").await.unwrap_err().kind(), ErrorKind::Unavailable);
     assert_eq!(rig.executor.shutdown(seconds(300)).await, 0);
     running.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_is_out_of_sight_for_a_while_is_not_gone() {
+    // As a machine is whose hypervisor makes it anew.
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.faults().inject(
+        "guest.guest_info",
+        1,
+        Fault::Before(Error::not_found("no domain").with_reason(reason::GUEST_GONE)),
+    );
+    let off = Error::new(ErrorKind::Conflict, "shut off").with_reason(reason::GUEST_NOT_RUNNING);
+    rig.faults().inject("guest.guest_info", 2, Fault::Before(off));
+    rig.install(InstallKind::Feature, "web").await.unwrap();
+    assert_eq!(rig.faults().waiting(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_asset_that_the_action_changed_goes_with_the_failed_install() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web().action("echo more >> /srv/web/index.html; false"));
+    rig.install(InstallKind::Feature, "web").await.unwrap_err();
+    assert_eq!((rig.stored().await, rig.file("/srv/web/index.html")), (vec![], None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_hiccup_of_the_store_in_the_middle_costs_no_install() {
+    for fault in [Fault::Before(Error::unavailable("away")), Fault::After(Error::timed_out("no answer"))] {
+        let rig = Rig::new().await;
+        rig.shelf.put(web());
+        // After the record and its machine's key.
+        rig.faults().inject("state.put", 3, fault);
+        rig.install(InstallKind::Feature, "web").await.unwrap();
+        assert_eq!(rig.faults().waiting(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_install_whose_last_record_was_written_is_installed_whatever_was_heard() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.faults().inject("state.put", 4, Fault::HangAfter);
+    rig.faults().inject("state.get", 1, Fault::Before(Error::unavailable("away")));
+    let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
+    assert_eq!(rig.faults().waiting(), 0);
+    assert_eq!(rig.executor.list(None).await.unwrap()[0].id, id);
+    assert!(rig.file("/srv/web/index.html").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_in_its_turn_before_the_record_leaves_nothing() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.faults().inject("guest.guest_info", 1, Fault::Delay(seconds(10)));
+    let installing = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    tokio::time::sleep(seconds(5)).await;
+    assert_eq!(rig.faults().waiting(), 0);
+    installing.abort();
+    tokio::time::sleep(seconds(60)).await;
+    assert_eq!((rig.stored().await, rig.cloud.commands(rig.vm)), (vec![], Some(0)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_goes_while_a_begun_install_waits_for_a_permit_leaves_it_complete() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.shelf.put(inject("long").action("sleep 100"));
+    let (scheduler, executor) = start(&rig.cloud, &rig.cloud, &rig.store, &rig.shelf, 1);
+    let other = rig.another_vm("other").await;
+    rig.faults().inject("guest.put_file", 2, Fault::Before(Error::unavailable("away")));
+    let spawn = |vm, package: &'static str| {
+        let executor = executor.clone();
+        tokio::spawn(async move { executor.install(request(InstallKind::Feature, vm, package)).await })
+    };
+    let interrupted = spawn(rig.vm, "web");
+    until("the interruption", || rig.faults().waiting() == 0).await;
+    let long = {
+        let executor = executor.clone();
+        tokio::spawn(async move { executor.install(request(InstallKind::Inject, other, "long")).await })
+    };
+    until("the long action", || rig.cloud.commands(other) == Some(1)).await;
+    until("the queue", || scheduler.snapshot().depth == 1).await;
+    interrupted.abort();
+    long.await.unwrap().unwrap();
+    tokio::time::sleep(seconds(10)).await;
+    assert_eq!(executor.list(Some(rig.vm)).await.unwrap().len(), 1);
+    assert!(rig.file("/srv/web/run.sh").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_wait_for_a_boot_is_not_taken_from_what_an_interruption_may_take() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    rig.faults().inject("guest.put_file", 1, Fault::Before(Error::unavailable("away")));
+    let installing = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    tokio::time::sleep(seconds(100)).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Answers);
+    until("the interruption", || rig.faults().waiting() == 0).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    tokio::time::sleep(seconds(100)).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Answers);
+    installing.await.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_install_that_waits_for_its_guest_does_not_keep_the_machine() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let _waiting = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    tokio::time::sleep(seconds(10)).await;
+    assert!(!rig.executor.inner.holds.is_held(rig.vm));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_package_that_changes_while_its_guest_boots_is_not_installed() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web());
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let installing = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    tokio::time::sleep(seconds(10)).await;
+    // The second file, when the record's digests are known.
+    std::fs::write(rig.shelf.path("web").join("asset1"), "#!/bin/sh\necho evil\n").unwrap();
+    rig.cloud.set_agent(rig.vm, AgentMode::Answers);
+    let error = installing.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(error.to_string().contains("asset1 changed"), "{error}");
+    assert_eq!((rig.stored().await, rig.file("/srv/web/index.html")), (vec![], None));
 }

@@ -15,7 +15,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use secrecy::SecretString;
 
-use self::package::{Shelf, condition, feature, inject};
+use self::package::{Draft, Shelf, condition, feature, inject};
 use super::*;
 use crate::{
     ComputeBackend, GuestExecExt, Key, StateStore,
@@ -62,7 +62,7 @@ impl Rig {
         let cloud = MemoryCloud::with_faults(options, faults.clone());
         let vm = cloud.create_vm(&MemoryCloud::tiny_spec("web-0")).await.unwrap().id;
         let store = MemoryState::with_faults(faults);
-        let shelf = Arc::new(Shelf::default());
+        let shelf = Arc::new(Shelf::new());
         let (scheduler, executor) = start(&cloud, &cloud, &store, &shelf, 8);
         Self { cloud, store, shelf, scheduler, executor, vm }
     }

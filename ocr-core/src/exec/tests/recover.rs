@@ -1,7 +1,11 @@
-use super::{record::Records, *};
+use super::{
+    odd::Odd,
+    record::{Record, Records, StoredAsset},
+    *,
+};
 use crate::{Precondition, StateStore};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web").asset("/srv/web/a", 0o644, "ours").asset("/etc/hosts", 0o644, "ours too").action("sleep 50")
 }
 
@@ -135,6 +139,8 @@ async fn records_that_cannot_be_read_are_reported_and_left_alone() {
     assert_eq!(report.failed.len(), 2, "{report:?}");
     assert!(report.failed[0].contains("newer version"), "{report:?}");
     assert_eq!(rig.stored().await.len(), 2);
+    let id = rig.command("echo 1", seconds(1)).await;
+    assert_eq!(rig.executor.list(None).await.unwrap()[0].id, id, "they do not hide the others");
 }
 
 #[tokio::test(start_paused = true)]
@@ -158,4 +164,59 @@ async fn a_recovery_of_many_records_reads_them_all() {
     rig.cloud.vanish_vm(gone);
     assert_eq!(rig.executor.recover().await.unwrap().forgotten.len(), 500);
     assert_eq!(rig.executor.list(None).await.unwrap().len(), 2000);
+}
+
+/// Writes a leftover: a record in some stage, with one asset.
+async fn leftover(rig: &Rig, stage: Stage, path: &str, content: &str) -> InstallId {
+    use sha2::{Digest, Sha256};
+    let mut record = Record::new(InstallKind::Feature, "left".to_owned(), rig.vm);
+    record.stage = stage;
+    record.assets = vec![StoredAsset {
+        path: path.to_owned(),
+        bytes: content.len() as u64,
+        sha256: crate::exec::remove::hex(&Sha256::digest(content)),
+    }];
+    Records::new(Arc::new(rig.store.clone())).create(&record).await.unwrap();
+    record.id
+}
+
+#[tokio::test(start_paused = true)]
+async fn two_leftovers_with_the_same_file_do_not_protect_each_other() {
+    for flip in [false, true] {
+        let rig = Rig::new().await;
+        let contents = if flip { ["one", "other"] } else { ["other", "one"] };
+        leftover(&rig, Stage::Acting, "/srv/f", contents[0]).await;
+        leftover(&rig, Stage::Copying, "/srv/f", contents[1]).await;
+        rig.cloud.write_guest_file(rig.vm, "/srv/f", b"one").unwrap();
+        assert_eq!(rig.executor.recover().await.unwrap().undone.len(), 2);
+        assert_eq!((rig.file("/srv/f"), rig.stored().await), (None, vec![]));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_recovery_does_not_wait_for_an_install_that_keeps_the_machine() {
+    let rig = Rig::with(slow()).await;
+    rig.shelf.put(feature("web").action("true").restarts());
+    let installing = tokio::spawn({
+        let (executor, vm) = (rig.executor.clone(), rig.vm);
+        async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
+    });
+    until("the reboot", || rig.cloud.boots(rig.vm) == Some(2)).await;
+    leftover(&rig, Stage::Acting, "/srv/f", "x").await;
+    let report = rig.executor.recover().await.unwrap();
+    assert!(report.failed[0].contains("another install"), "{report:?}");
+    assert!(!installing.is_finished());
+    installing.await.unwrap().unwrap();
+    assert_eq!(rig.executor.recover().await.unwrap().undone.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_machine_that_only_the_list_lacks_is_not_forgotten() {
+    let rig = Rig::new().await;
+    rig.command("echo 1", seconds(1)).await;
+    rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
+    let odd = Odd { lists_nothing: true, ..Odd::new(&rig.cloud) };
+    let (_scheduler, executor) = start(&odd, &odd, &rig.store, &rig.shelf, 4);
+    assert_eq!(executor.recover().await.unwrap(), RecoverReport::default());
+    assert_eq!(executor.list(None).await.unwrap().len(), 1);
 }

@@ -1,7 +1,7 @@
 use super::{record::Records, *};
 use crate::{ErrorKind, error::reason};
 
-fn web() -> crate::package::Package {
+fn web() -> Draft {
     feature("web").asset("/srv/web/a", 0o644, "a").asset("/srv/shared", 0o644, "s").action("echo up > /srv/web/state")
 }
 
@@ -142,4 +142,14 @@ async fn an_install_under_way_cannot_be_removed() {
     assert_eq!(rig.executor.recover().await.unwrap(), RecoverReport::default(), "recovery leaves it alone");
     installing.await.unwrap().unwrap();
     assert!(rig.file("/srv/web/a").is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delete_action_whose_answer_was_lost_is_not_run_again() {
+    let rig = Rig::new().await;
+    rig.shelf.put(web().delete("echo x >> /root/deletes"));
+    let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
+    rig.faults().inject("guest.exec", 1, Fault::After(Error::unavailable("away").with_retry(Retry::Ambiguous)));
+    rig.executor.remove(InstallKind::Feature, id).await.unwrap();
+    assert_eq!(rig.file("/root/deletes").as_deref(), Some("x\n"));
 }

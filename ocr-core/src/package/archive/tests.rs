@@ -69,7 +69,7 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 
 /// As many zeros as one wants, in a small gzip: one member again and again.
 fn zeros(mib: usize) -> Vec<u8> {
-    gzip(&vec![0; 16 << 20]).repeat(mib / 16)
+    gzip(&vec![0; 1 << 20]).repeat(mib)
 }
 
 struct Rig {
@@ -102,7 +102,7 @@ impl Rig {
     async fn assert_clean(&self) {
         // What is dropped in a task is removed by another thread.
         while fs::read_dir(self.work()).unwrap().count() > 0 {
-            tokio::task::yield_now().await;
+            std::thread::sleep(Duration::from_millis(1));
         }
         self.assert_outside_is_untouched();
     }
@@ -297,16 +297,6 @@ async fn evil_archives_are_refused_and_leave_nothing() {
         ("a folder with content", archive(&[entry("a", FOLDER, b"x")]), "is a folder with content"),
         ("a wrong checksum", spoiled(file("abc"), 1), "is damaged"),
         ("a size that is no number", spoiled(file("abc"), 130), "is damaged"),
-        (
-            "too many entries",
-            archive(&(0..10_001).map(|n| entry(&n.to_string(), FILE, b"")).collect::<Vec<_>>()),
-            "more than 10000",
-        ),
-        (
-            "too many folders behind few files",
-            archive(&(0..500).map(|n| entry(&format!("{n}/{}x", "a/".repeat(30)), FILE, b"")).collect::<Vec<_>>()),
-            "more than 10000",
-        ),
         ("too many descriptions", gzip(&archive(&vec![pax(b'g', &[]); 30_001])), "more than 10000"),
         ("a file of 7 GiB that is not there", huge("a", FILE), "ends too early"),
         ("a GNU name of 7 GiB", huge("a", b'L'), "too long a name"),
@@ -333,7 +323,9 @@ async fn evil_archives_are_refused_and_leave_nothing() {
         ("a bomb of 10 GiB after the end", [packed.clone(), zeros(10 << 10)].concat(), "more than 200 times"),
         (
             "a bomb of files",
-            gzip(&archive(&(0..30).map(|n| entry(&n.to_string(), FILE, &vec![0; 1 << 20])).collect::<Vec<_>>())),
+            (0..40)
+                .flat_map(|n| [gzip(&entry_of(n.to_string().as_bytes(), FILE, 1 << 20, b"")), zeros(1)].concat())
+                .collect(),
             "more than 200 times",
         ),
     ];
@@ -463,7 +455,7 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(100))]
 
     #[test]
     fn any_names_stay_inside_or_are_refused(names in proptest::collection::vec((paths(), any::<bool>(), 0..3u8), 1..6)) {
@@ -561,6 +553,6 @@ async fn an_archive_opens_as_a_package_and_its_files_go_with_it() {
     let root = package.root().to_owned();
     drop(package);
     while root.exists() {
-        tokio::task::yield_now().await;
+        std::thread::sleep(Duration::from_millis(1));
     }
 }

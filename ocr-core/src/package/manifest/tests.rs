@@ -326,7 +326,8 @@ fn render(manifest: &Manifest) -> String {
 }
 
 fn files() -> impl Strategy<Value = PathBuf> {
-    proptest::collection::vec("[a-zA-Z0-9_ äß$'\"-][a-zA-Z0-9_.]{0,8}", 1..5).prop_map(|parts| parts.iter().collect())
+    proptest::collection::vec("[a-zA-Z0-9_äß$'\"-][a-zA-Z0-9_.]{0,5}( [a-z]{1,3})?", 1..5)
+        .prop_map(|parts| parts.iter().collect())
 }
 
 fn lines() -> impl Strategy<Value = String> {

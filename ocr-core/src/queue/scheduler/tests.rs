@@ -294,6 +294,20 @@ async fn many_periodic_operations_all_get_their_interval() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_due_together_begins_together() {
+    let scheduler = scheduler(10);
+    let run = |tick: Tick| if tick.run == 0 { async { Ok(()) }.boxed() } else { pending().boxed() };
+    let _streams: Vec<Periodic> =
+        (0..12).map(|number| scheduler.every(vm(number), "condition", 10 * SECOND, LONG, run).unwrap()).collect();
+    settle().await;
+    assert_eq!(scheduler.snapshot().counters.waiting, 12);
+    // The clock jumps past all ticks at once: one alarm, ten runs.
+    advance(20 * SECOND).await;
+    settle().await;
+    assert_eq!(scheduler.snapshot().running.len(), 10);
+}
+
+#[tokio::test(start_paused = true)]
 async fn dropping_the_handle_ends_a_periodic_operation() {
     let scheduler = scheduler(1);
     let runs = Arc::new(AtomicUsize::new(0));
@@ -469,6 +483,29 @@ async fn who_waits_is_not_polled() {
     let at = Instant::now();
     sleep(SECOND).await;
     assert!(at.elapsed() < 2 * SECOND && shared.lock().alarm_us > due_us);
+}
+
+#[tokio::test]
+async fn operations_that_never_wait_let_other_tasks_run() {
+    let scheduler = scheduler(1);
+    let count = Arc::new(AtomicUsize::new(0));
+    let mut queued: Vec<_> = (0..1000)
+        .map(|_| {
+            let count = Arc::clone(&count);
+            Box::pin(scheduler.run_once(vm(1), "never waits", LONG, async move {
+                count.fetch_add(1, SeqCst);
+                Ok(())
+            }))
+        })
+        .collect();
+    for one in &mut queued {
+        assert!(futures::poll!(one).is_pending());
+    }
+    yield_now().await;
+    assert!((1..1000).contains(&count.load(SeqCst)), "{count:?} ran in one go");
+    for result in join_all(queued).await {
+        result.unwrap();
+    }
 }
 
 #[tokio::test]

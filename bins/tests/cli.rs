@@ -1,0 +1,368 @@
+//! The command line, and the servers' own: no hypervisor is needed for any of it.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, write_package};
+
+/// `ocr serve --backend memory` on a free port, with three packages.
+struct Serve {
+    server: Server,
+    state: PathBuf,
+}
+
+impl Serve {
+    async fn start() -> Self {
+        let folder = keeper().new_folder("serve");
+        let packages = folder.join("packages");
+        write_package(
+            &packages,
+            "web",
+            &[("web.conf", b"port = 80\n", "/etc/web/", "644")],
+            "type = \"feature\"\n[feature]\ntype = \"service\"\naction = \"echo up for $TEAM; echo hm >&2\"\n",
+        );
+        write_package(
+            &packages,
+            "news",
+            &[("news.txt", b"Breaking\n", "/srv/news", "644")],
+            "type = \"inject\"\n[inject]\naction = \"cat /srv/news\"\n",
+        );
+        write_package(
+            &packages,
+            "alive",
+            &[("value", b"0.5\n", "/srv/value", "644")],
+            "type = \"condition\"\n[condition]\naction = \"cat /srv/value\"\ninterval = 1\n",
+        );
+        let mut serve = command(OCR);
+        serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]);
+        let state = folder.join("state.redb");
+        serve.arg(&packages).arg("--state").arg(&state);
+        let server = Server::start(serve, &folder.join("log"));
+        server.serving(SOON).await;
+        Self { server, state }
+    }
+
+    /// Runs `ocr` against it.
+    async fn ocr(&self, arguments: &[&str]) -> Said {
+        let mut ocr = command(OCR);
+        ocr.envs([("OCR_MACHINER", self.server.url()), ("OCR_EXECUTOR", self.server.url())]).args(arguments);
+        run(SOON, ocr).await
+    }
+}
+
+async fn ocr(arguments: &[&str]) -> Said {
+    let mut ocr = command(OCR);
+    ocr.args(arguments);
+    run(SOON, ocr).await
+}
+
+const NOBODY: &str = "00000000-0000-4000-8000-000000000000";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_speaks_json_to_programs() {
+    let serve = Serve::start().await;
+    let create =
+        ["--json", "vm", "create", "web-0", "-t", "tiny", "--ram", "64MiB", "-l", "default", "--exercise", "e"];
+    let made = serve.ocr(&create).await.json();
+    let vm = made["id"].as_str().unwrap();
+    assert_eq!(made["name"], "web-0");
+    assert!(made["seconds"].as_f64().unwrap() >= 0.0);
+    assert_eq!(serve.ocr(&create).await.json()["id"], vm, "a repeat is the same machine");
+
+    let listed = serve.ocr(&["--json", "vm", "list"]).await.json();
+    assert_eq!(listed.as_array().unwrap().len(), 1);
+    assert_eq!((&listed[0]["id"], &listed[0]["state"]), (&json!(vm), &json!("running")));
+    assert_eq!(serve.ocr(&["--json", "vm", "list", "--exercise", "other"]).await.json(), json!([]));
+    let shown = serve.ocr(&["--json", "vm", "show", vm]).await.json();
+    assert_eq!(shown["ram_bytes"], 64 << 20);
+    assert_eq!(shown, listed[0]);
+
+    let feature = serve.ocr(&["--json", "feature", "install", vm, "web@^1", "-e", "TEAM=blue"]).await.json();
+    assert_eq!((&feature["stdout"], &feature["stderr"]), (&json!("up for blue"), &json!("hm")));
+    let inject = serve.ocr(&["--json", "inject", "install", vm, "news", "--name", "n"]).await.json();
+    assert_eq!(inject["stdout"], "Breaking");
+    let package = serve.ocr(&["--json", "condition", "install", vm, "alive"]).await.json();
+    let line = ["--json", "condition", "install", vm, "--command", "echo $N", "--interval", "1s", "-e", "N=0.25"];
+    let line = serve.ocr(&line).await.json();
+    let (package, line) = (package["id"].as_str().unwrap(), line["id"].as_str().unwrap());
+
+    let values = serve.ocr(&["--json", "condition", "watch", package, line, "--count", "2"]).await.json_lines();
+    for (id, value) in [(package, 0.5), (line, 0.25)] {
+        let of_it: Vec<_> = values.iter().filter(|one| one["condition"] == id).collect();
+        assert!(of_it.len() >= 2, "{values:?}");
+        assert!(of_it.iter().all(|one| one["value"] == value && one["lateness_ms"].is_u64()), "{of_it:?}");
+    }
+
+    for (kind, id) in [("feature", &feature["id"]), ("inject", &inject["id"]), ("condition", &json!(line))] {
+        let id = id.as_str().unwrap();
+        for _ in ["gone", "gone already"] {
+            assert_eq!(serve.ocr(&["--json", kind, "delete", id]).await.json(), json!({ "id": id }));
+        }
+    }
+    let clean = json!({ "ended": [], "swept": [], "forgotten": [], "failed": [] });
+    assert_eq!(serve.ocr(&["--json", "reconcile"]).await.json(), clean);
+    for _ in ["gone", "gone already"] {
+        assert_eq!(serve.ocr(&["--json", "vm", "delete", vm]).await.json(), json!({ "id": vm }));
+    }
+    assert_eq!(serve.ocr(&["--json", "vm", "list"]).await.json(), json!([]));
+
+    // The machine took its conditions along.
+    let failure = serve.ocr(&["--json", "condition", "watch", package]).await.failed();
+    let failure: Value = serde_json::from_str(&failure).unwrap();
+    assert_eq!(failure["error"]["code"], "NotFound", "{failure}");
+    assert!(serve.server.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_command_speaks_to_people() {
+    let serve = Serve::start().await;
+    assert_eq!(serve.ocr(&["vm", "list"]).await.fine(), "no machines\n");
+    let made = serve.ocr(&["vm", "create", "web-0", "-t", "tiny", "-l", "lab", "--deployment", "d"]).await.fine();
+    let (vm, rest) = made.split_once(' ').unwrap();
+    assert!(rest.contains("web-0 is ready after "), "{made}");
+
+    let listed = serve.ocr(&["vm", "list"]).await.fine();
+    let (head, line) = listed.split_once('\n').unwrap();
+    assert!(head.starts_with("id  ") && line.starts_with(vm) && line.contains("512 MiB"), "{listed}");
+    let shown = serve.ocr(&["vm", "show", vm]).await.fine();
+    for line in ["deployment  d\n", "state       running\n", "memory      512 MiB\n", "agent       channel present\n"] {
+        assert!(shown.contains(line), "{line:?} in {shown}");
+    }
+    assert!(shown.lines().any(|line| line.starts_with("nic ")), "{shown}");
+
+    let feature = serve.ocr(&["feature", "install", vm, "web", "-e", "TEAM=red"]).await.fine();
+    assert_eq!(feature.lines().skip(1).collect::<Vec<_>>(), ["  stdout: up for red", "  stderr: hm"]);
+    let inject = serve.ocr(&["inject", "install", vm, "news"]).await.fine();
+    let condition = serve.ocr(&["condition", "install", vm, "alive"]).await.fine();
+    let condition = condition.trim();
+    let values = serve.ocr(&["condition", "watch", condition, "--count", "2"]).await.fine();
+    assert_eq!(values.lines().count(), 2, "{values}");
+    assert!(values.lines().all(|line| line.starts_with(&format!("{condition}  0.5  late "))), "{values}");
+
+    for (kind, id) in [("feature", &feature[..36]), ("inject", &inject[..36]), ("condition", condition)] {
+        assert_eq!(serve.ocr(&[kind, "delete", id]).await.fine(), format!("{id} is gone\n"));
+    }
+    assert_eq!(serve.ocr(&["reconcile"]).await.fine(), "nothing to do\n");
+    assert_eq!(serve.ocr(&["vm", "delete", vm]).await.fine(), format!("{vm} is gone\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_refuses_is_said_with_its_field() {
+    let serve = Serve::start().await;
+    for (arguments, wanted) in [
+        (&["vm", "create", "x", "-t", "absent"][..], "absent"),
+        (&["vm", "create", "x", "-t", "tiny", "-l", "absent"], "absent"),
+        (&["vm", "create", "x", "-t", "tiny", "--cpu", "0"], "virtualMachine.configuration.cpu: "),
+        (&["vm", "create", "", "-t", "tiny"], "virtualMachine.name: "),
+        (&["vm", "show", NOBODY], "there is no such machine"),
+        (&["feature", "install", NOBODY, "web"], "(NotFound)"),
+        (&["feature", "install", NOBODY, "absent"], "absent"),
+        (&["feature", "install", NOBODY, "web", "-e", "NO_VALUE"], "environment[0]: "),
+        (&["feature", "install", NOBODY, "../web"], "source.name: "),
+        (&["condition", "install", NOBODY, "--command", "echo 1", "--interval", "0s"], "interval: "),
+        (&["condition", "watch", NOBODY], "(NotFound)"),
+        (&["feature", "delete", "no-uuid"], "value: "),
+    ] {
+        let failure = serve.ocr(arguments).await.failed();
+        assert!(failure.starts_with("ocr: ") && failure.contains(wanted), "{arguments:?}: {failure}");
+    }
+    assert_eq!(serve.ocr(&["--json", "vm", "list"]).await.json(), json!([]));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_command_line_itself_refuses_is_a_usage_error() {
+    for arguments in [
+        &[][..],
+        &["vm", "show", "no-uuid"],
+        &["vm", "create", "x"],
+        &["vm", "create", "x", "-t", "t", "--ram", "much"],
+        &["condition", "install", NOBODY],
+        &["condition", "install", NOBODY, "package", "--command", "echo 1", "--interval", "1s"],
+        &["condition", "install", NOBODY, "--command", "echo 1"],
+        &["condition", "watch"],
+        &["serve"],
+    ] {
+        let said = ocr(arguments).await;
+        assert_eq!(said.code, Some(2), "{arguments:?}: {said:?}");
+        assert!(said.stderr.contains("--help") || said.stderr.contains("Usage: "), "{arguments:?}: {said:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_there_is_said_with_its_setting() {
+    // A port that was free a moment ago.
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let url = format!("http://{free}");
+    for (server, option, arguments) in [
+        ("Machiner", "--machiner", &["vm", "list"][..]),
+        ("Executor", "--executor", &["feature", "delete", NOBODY]),
+        ("Executor", "--executor", &["condition", "watch", NOBODY]),
+    ] {
+        let failure = ocr(&[&[option, &url], arguments].concat()).await.failed();
+        let wanted = format!("ocr: the {server} cannot be reached: no server answers at {url}; set its address with ");
+        assert!(failure.starts_with(&wanted) && failure.contains(option), "{failure}");
+        let failure = ocr(&[&["--json", option, &url], arguments].concat()).await.failed();
+        let failure: Value = serde_json::from_str(&failure).unwrap();
+        assert!(failure["error"]["message"].as_str().unwrap().contains(&url), "{failure}");
+        let failure = ocr(&[&[option, "no url"], arguments].concat()).await.failed();
+        assert!(failure.contains("wants a URL such as http://127.0.0.1:9000"), "{failure}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_file_belongs_to_one_process() {
+    let serve = Serve::start().await;
+    let folder = keeper().new_folder("second");
+    let mut second = command(OCR);
+    second.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]).arg(&folder);
+    second.arg("--state").arg(&serve.state);
+    let failure = run(SOON, second).await.failed();
+    assert!(failure.contains("state.redb"), "{failure}");
+    assert_eq!(serve.ocr(&["vm", "list"]).await.fine(), "no machines\n");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_demo_runs_in_memory() {
+    let said = ocr(&["demo", "--backend", "memory", "--json"]).await.json();
+    let steps: Vec<_> = said["steps"].as_array().unwrap().iter().map(|step| step["step"].as_str().unwrap()).collect();
+    assert!(steps.len() >= 12, "{steps:?}");
+    assert_eq!(*steps.last().unwrap(), "nothing is left: no machine, no image, no disk");
+    assert!(said["seconds"].as_f64().unwrap() > 0.0);
+    let said = ocr(&["demo", "--backend", "memory"]).await.fine();
+    assert!(said.lines().last().unwrap().ends_with("in all"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_memory_backend_conforms() {
+    let listed = ocr(&["conform", "--backend", "memory", "--list", "--json"]).await.json();
+    let report = ocr(&["conform", "--backend", "memory", "--guest-user", "user", "--json"]).await.json();
+    assert_eq!((&report["failed"], report["passed"].as_u64().unwrap() > 50), (&json!(0), true), "{report}");
+    let names = |cases: &Value| cases.as_array().unwrap().iter().map(|case| case["name"].clone()).collect::<Vec<_>>();
+    let reported = names(&report["cases"]);
+    assert!(names(&listed).iter().all(|name| reported.contains(name)), "{listed} in {report}");
+    let few = ocr(&["conform", "--backend", "memory", "--filter", "vm_create_repeat"]).await.fine();
+    assert!(few.contains("vm_create_repeat"), "{few}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn completions_and_man_pages_come_from_the_definition() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = ocr(&["completions", shell]).await.fine();
+        assert!(script.contains("condition") && script.contains("reconcile"), "{shell}");
+    }
+    let script = ocr(&["completions", "bash"]).await.fine();
+    let folder = keeper().new_folder("words");
+    std::fs::write(folder.join("ocr.bash"), script).unwrap();
+    match Command::new("bash").arg("-c").arg("source ocr.bash && complete -p ocr").current_dir(&folder).output() {
+        Ok(output) => assert!(output.status.success(), "{output:?}"),
+        Err(error) => say(format!("ignored: bash does not run here ({error}), so its script was not tried")),
+    }
+
+    let man = folder.join("new/man");
+    ocr(&["man", man.to_str().unwrap()]).await.fine();
+    for (page, word) in [("ocr.1", "serve"), ("ocr-vm-create.1", "template"), ("ocr-condition-watch.1", "count")] {
+        let text = std::fs::read_to_string(man.join(page)).unwrap();
+        assert!(text.contains(word), "{page}");
+    }
+    std::fs::write(folder.join("file"), "").unwrap();
+    let failure = ocr(&["man", folder.join("file").to_str().unwrap()]).await.failed();
+    assert!(failure.contains("file: "), "{failure}");
+}
+
+// --- the servers' settings ----------------------------------------------------------------------------------------
+
+async fn check(server: &str, env_file: &Path) -> Said {
+    let mut server = command(server);
+    server.arg("--check-config").arg("--env-file").arg(env_file);
+    run(SOON, server).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn good_settings_are_shown_without_secrets() {
+    let folder = keeper().new_folder("settings");
+    let file = folder.join("env");
+    let text = "GLOBAL_HOST=127.0.0.1\nGLOBAL_INSECURE=False\nMachiner_PORT=0\nEXECUTOR_PORT=0\nBACKEND=libvirt\n\
+        HYPERVISOR_USER=ada\nHYPERVISOR_PASSWORD=canary-1b7e\nREDIS_PASSWORD=canary-1b7e\nREDIS_HOST=r\n";
+    std::fs::write(&file, text).unwrap();
+    for server in [MACHINER, EXECUTOR] {
+        let said = check(server, &file).await;
+        assert!(!format!("{said:?}").contains("canary"), "{said:?}");
+        let said = said.fine();
+        for line in ["GLOBAL_HOST=127.0.0.1", "BACKEND=libvirt", "HYPERVISOR_PASSWORD=(hidden)", "OWNER=ocr"] {
+            assert!(said.lines().any(|shown| shown == line), "{line} in {said}");
+        }
+        assert!(said.lines().any(|line| line.starts_with("# REDIS_HOST is set, but ")), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_faults_of_the_settings_are_told_at_once_without_secrets() {
+    let folder = keeper().new_folder("settings");
+    let file = folder.join("env");
+    let text = "GLOBAL_INSECURE=perhaps\nMACHINER_PORT=70000\nEXECUTOR_PORT=http\nBACKEND=vmware\n\
+        HYPERVISOR_PASSWORD=canary-1b7e\nCREDENTIAL_SECRET=canary-1b7e\nSTATE_STORE=paper\nLOG_LEVEL=LOUD\n\
+        HYPERVISOR_WAIT_TIMEOUT=0\nMAX_CONNECTIONS=none\nOWNER='not one word'\n";
+    std::fs::write(&file, text).unwrap();
+    for (server, own) in [(MACHINER, &["MACHINER_PORT"][..]), (EXECUTOR, &["EXECUTOR_PORT", "MAX_CONNECTIONS"])] {
+        let said = check(server, &file).await;
+        assert_eq!((said.code, said.stdout.as_str()), (Some(2), ""), "{said:?}");
+        assert!(!said.stderr.contains("canary"), "{said:?}");
+        let both = [
+            "GLOBAL_HOST",
+            "GLOBAL_INSECURE",
+            "BACKEND",
+            "STATE_STORE",
+            "LOG_LEVEL",
+            "HYPERVISOR_WAIT_TIMEOUT",
+            "OWNER",
+        ];
+        for name in both.iter().chain(own) {
+            let times = said.stderr.lines().filter(|line| line.starts_with(&format!("  {name}: "))).count();
+            assert_eq!(times, 1, "{name} in {}", said.stderr);
+        }
+        assert_eq!(said.stderr.lines().count(), 1 + both.len() + own.len(), "{}", said.stderr);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_env_file_that_cannot_be_used_is_told_without_its_text() {
+    let folder = keeper().new_folder("settings");
+    let file = folder.join("env");
+    std::fs::write(&file, "GLOBAL_HOST=127.0.0.1\ncanary-1b7e\n").unwrap();
+    let said = check(MACHINER, &file).await;
+    assert_eq!(said.code, Some(2));
+    assert!(said.stderr.contains("line 2: wants NAME=value") && !said.stderr.contains("canary"), "{said:?}");
+    let said = check(MACHINER, &folder.join("absent")).await;
+    assert_eq!(said.code, Some(2));
+    assert!(said.stderr.contains("absent"), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_environment_goes_before_the_file() {
+    let folder = keeper().new_folder("settings");
+    let file = folder.join("env");
+    std::fs::write(&file, "GLOBAL_HOST=127.0.0.1\nGLOBAL_INSECURE=no\nEXECUTOR_PORT=1\nBACKEND=libvirt\n").unwrap();
+    let mut server = command(EXECUTOR);
+    server.env("EXECUTOR_PORT", "2").arg("--check-config").arg("--env-file").arg(&file);
+    let said = run(SOON, server).await.fine();
+    assert!(said.lines().any(|line| line == "EXECUTOR_PORT=2"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_program_tells_its_version_and_its_use() {
+    for program in [MACHINER, EXECUTOR, OCR] {
+        for (option, wanted) in [("--version", env!("CARGO_PKG_VERSION")), ("--help", "Usage: ")] {
+            let mut command = command(program);
+            command.arg(option);
+            let said = run(Duration::from_secs(20), command).await.fine();
+            assert!(said.contains(wanted), "{program} {option}: {said}");
+        }
+    }
+}

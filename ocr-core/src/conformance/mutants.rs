@@ -1,1 +1,0 @@
-//! Backends that break one rule each.
