@@ -526,9 +526,16 @@ fn old_results_go_and_new_ones_stay() {
         for i in 0..8 {
             guest.sh(&format!("big{i}"), "yes | head -c 5000");
         }
+        let there = |operation: &str| guest.of_operation(operation, "out").exists();
         let big = || (0..8).filter(|i| guest.of_operation(&format!("big{i}"), "out").exists()).count();
         wait_until("pruning of big ones", || big() <= 5);
-        assert!(guest.of_operation("big7", "out").exists());
+        assert!(there("big7"));
+        for operation in ["huge1", "huge2", "huge3"] {
+            let request = Request { limit: 1 << 30, ..line(operation, "head -c 20000000 /dev/zero; exit 6") };
+            assert_eq!(guest.run(&request).words, "done 6 0 0");
+        }
+        wait_until("pruning of huge ones", || !there("huge1") && !there("huge2"));
+        assert!(there("huge3"));
     });
 }
 

@@ -113,11 +113,12 @@ watch() {
     done
 }
 
-# Drops the oldest runs: 64 stay, and 4 of those with an output too big to be told in one message.
+# Drops the oldest runs: 64 stay, and of those with an output too big to be told in one message the newest, and no more
+# than 4 and than 32 MiB.
 prune() {
     detach
     cd "$base/ops" || return
-    n=0 big=0
+    n=0 big=0 sum=0
     for o in *.run; do
         o=${o%.run}
         read -r pid start was <"$o.run" || continue
@@ -132,8 +133,8 @@ prune() {
     done | sort -rn | while read -r ended size o; do
         n=$((n + 1)) keep=1
         if [ "$size" -gt "$inline" ]; then
-            big=$((big + 1))
-            [ "$big" -le 4 ] || keep=
+            big=$((big + 1)) sum=$((sum + size))
+            [ "$big" = 1 ] || { [ "$big" -le 4 ] && [ "$sum" -le 33554432 ]; } || keep=
         fi
         # `run` goes last: while it is there nobody runs this again.
         [ "$keep" ] && [ "$n" -le 64 ] || {
@@ -272,12 +273,12 @@ run() {
     settle out "$osize"
     ocut=$cut
     settle err "$esize"
-    [ "$osize" -ge "$esize" ] || osize=$esize
+    size=$((osize + esize))
     clock
     # One write: who reads sees nothing or all of it.
-    echo "$state $code $ocut $cut $osize $now ." >"$d.result"
+    echo "$state $code $ocut $cut $size $now ." >"$d.result"
     set -- "$base"/ops/*.run
-    if [ $# -gt 128 ] || [ "$osize" -gt "$inline" ]; then
+    if [ $# -gt 128 ] || [ "$size" -gt "$inline" ]; then
         prune &
     fi
     tell "$state" "$code" "$ocut" "$cut"
