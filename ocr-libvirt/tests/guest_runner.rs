@@ -374,6 +374,21 @@ fn at_its_deadline_a_command_is_ended_with_its_children() {
 }
 
 #[test]
+fn a_command_that_removes_our_folder_has_a_deadline_too() {
+    under_each_shell(|guest| {
+        let text = format!(
+            "rm -r '{}'; trap '' TERM; echo $$ >'{}'; sleep 60; sleep 61",
+            guest.base().display(),
+            guest.path("pid")
+        );
+        let answer = guest.run(&Request { deadline_cs: 100, ..line("a", &text) });
+        assert!(answer.words.starts_with("late "), "{answer:?}");
+        let pid = fs::read_to_string(guest.path("pid")).unwrap();
+        wait_until("the end of it", || !is_alive(&pid));
+    });
+}
+
+#[test]
 fn what_a_command_leaves_in_the_background_is_not_waited_for_and_goes_on() {
     under_each_shell(|guest| {
         let began = Instant::now();

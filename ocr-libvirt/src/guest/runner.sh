@@ -8,7 +8,7 @@
 #
 # BASE (0700) holds
 #   ops/OPERATION.*  one run: `run` says who runs it, `pids` its sessions; `cmd` and `stdin` until it ends; `out`
-#                    and `err`; `late` past its deadline; `result` at its end
+#                    and `err`; `result` at its end
 #   in/              staged input, see files.sh
 #
 # `true >FILE` and not `: >FILE`: a special builtin whose redirection fails ends the shell.
@@ -72,7 +72,7 @@ settle() {
 hunt() {
     while read -r sid; do
         case $prey in *" $sid "*) ;; *) prey="$prey$sid " ;; esac
-    done <"$d.pids"
+    done <&7
     more=1
     while [ "$more" ]; do
         more=
@@ -90,9 +90,11 @@ hunt() {
     done
 }
 
-# Runs beside the command: bounds its output and ends it at its deadline.
+# Runs beside the command: bounds its output and ends it at its deadline. That works also when the command, or somebody
+# else, removes our folder: what is needed is open, and word is given by a signal.
 watch() {
     detach
+    exec 7<"$d.pids"
     trap : HUP INT QUIT TERM
     prey=' '
     while sleep 1 || sleep 1; do
@@ -100,7 +102,7 @@ watch() {
         clip err
         clock
         [ "$now" -ge "$end" ] || continue
-        true >"$d.late"
+        ! alive $me || kill -USR1 $$
         hunt
         kill -TERM $prey
         sleep 1
@@ -229,6 +231,8 @@ run() {
     exec 4>>"$d.pids" 5>>"$d.out" 6>>"$d.err"
     clock
     end=$((now + deadline))
+    late=
+    trap late=1 USR1
     watch &
     watch=$!
     umask 022
@@ -254,12 +258,12 @@ run() {
     fi
     code=$? state=done
     umask 077
-    [ -e "$d.late" ] || kill -KILL "$watch"
+    [ "$late" ] || kill -KILL "$watch"
     wait "$watch"
     # Whoever ends us, ends the command too, as a guest that goes down does: no result is better than one that the
     # command did not choose.
     [ ! "$down" ] || say died
-    if [ -e "$d.late" ]; then
+    if [ "$late" ]; then
         state=late
     elif [ -n "$user" ]; then
         { read -r first && read -r second; } <"$d.pids" || state=refused
