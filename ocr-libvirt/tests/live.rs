@@ -137,7 +137,7 @@ async fn what_is_half_made_is_finished_or_deleted() {
     libvirt.delete_vm(other_id).await.unwrap();
 }
 
-fn disk_name(owner: &ocr_core::Owner, id: VmId) -> String {
+fn disk_name(owner: &Owner, id: VmId) -> String {
     ocr_libvirt::xml::volume::disk_name(owner, id)
 }
 
