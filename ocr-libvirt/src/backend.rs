@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -20,6 +20,7 @@ use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol}
 use crate::{
     config::{Config, DomainType},
     door::{Call, Door, Effect, Lane, Load, Trouble},
+    guest::{AgentGuest, AgentGuestConfig, Link},
     probe,
     xml::{domain, volume},
 };
@@ -28,10 +29,6 @@ use crate::{
 const REMEMBERED_MACHINES: usize = 4096;
 /// The longest single pause before a volume in use is tried again; all of them together are twice that.
 const VOLUME_PATIENCE: Duration = Duration::from_secs(2);
-/// No command is waited for longer than this before it is asked for again, because of what others took.
-const MAX_QUICKEST_US: u32 = 100_000;
-/// After so many commands a guest is told to forget old results.
-const COMMANDS_BETWEEN_PRUNING: u32 = 32;
 /// The most virtual cpus where libvirt does not say.
 const USUAL_MAX_CPUS: u32 = 16;
 
@@ -41,6 +38,7 @@ const USUAL_MAX_CPUS: u32 = 16;
 #[derive(Clone, Debug)]
 pub struct Libvirt {
     pub(crate) inner: Arc<Inner>,
+    pub(crate) guest: Arc<AgentGuest<Link>>,
 }
 
 #[derive(Debug)]
@@ -63,10 +61,6 @@ pub(crate) struct Machine {
     agent: Arc<tokio::sync::Mutex<()>>,
     /// Whether the agent was silent last time.
     is_suspect: AtomicBool,
-    /// What the quickest commands take here, in microseconds; 0 before the first one.
-    quickest_us: AtomicU32,
-    /// Commands run since old results in the guest were last forgotten.
-    commands: AtomicU32,
 }
 
 impl Libvirt {
@@ -92,21 +86,26 @@ impl Libvirt {
             DomainType::Qemu => false,
             DomainType::Auto => probe::kvm_runs(&door, &config).await?,
         };
-        Ok(Self {
-            inner: Arc::new(Inner {
-                config,
-                door,
-                is_kvm,
-                pool: facts.pool,
-                capabilities: ComputeCapabilities {
-                    max_cpus: facts.max_cpus,
-                    max_ram_bytes: facts.max_ram_bytes,
-                    power: true,
-                    nics: true,
-                },
-                machines: Mutex::default(),
-            }),
-        })
+        let guest_config = AgentGuestConfig {
+            base: config.guest_folder.clone(),
+            margin: config.exec_margin,
+            ..AgentGuestConfig::default()
+        };
+        let inner = Arc::new(Inner {
+            config,
+            door,
+            is_kvm,
+            pool: facts.pool,
+            capabilities: ComputeCapabilities {
+                max_cpus: facts.max_cpus,
+                max_ram_bytes: facts.max_ram_bytes,
+                power: true,
+                nics: true,
+            },
+            machines: Mutex::default(),
+        });
+        let guest = Arc::new(AgentGuest::with_config(Link(inner.clone()), guest_config)?);
+        Ok(Self { inner, guest })
     }
 
     /// How machines are run: what was set, or what [`DomainType::Auto`] came to.
@@ -164,34 +163,6 @@ impl Machine {
             Error::unavailable("the guest agent is busy with another command")
                 .with_reason(ocr_core::error::reason::AGENT_NOT_READY)
         })
-    }
-
-    /// Counts a command; whether it shall forget old results.
-    pub(crate) fn wants_pruning(&self) -> bool {
-        self.commands.fetch_add(1, Ordering::Relaxed).is_multiple_of(COMMANDS_BETWEEN_PRUNING)
-    }
-
-    /// Lets the next command forget old results.
-    pub(crate) fn want_pruning(&self) {
-        self.commands.store(0, Ordering::Relaxed);
-    }
-
-    /// What the quickest commands take in this guest.
-    pub(crate) fn quickest(&self) -> Duration {
-        Duration::from_micros(self.quickest_us.load(Ordering::Relaxed).into())
-    }
-
-    /// Learns from a command that ended. Quicker ones count at once, slower ones little and very slow ones not at all.
-    pub(crate) fn note(&self, took: Duration) {
-        let took_us = u32::try_from(took.as_micros()).unwrap_or(u32::MAX).min(MAX_QUICKEST_US);
-        let known_us = self.quickest_us.load(Ordering::Relaxed);
-        let learnt_us = match known_us {
-            0 => took_us,
-            _ if took_us < known_us => took_us,
-            _ if took_us / 4 < known_us => known_us + (took_us - known_us) / 16,
-            _ => known_us,
-        };
-        self.quickest_us.store(learnt_us, Ordering::Relaxed);
     }
 
     pub(crate) fn is_suspect(&self) -> bool {

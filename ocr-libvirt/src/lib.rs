@@ -27,6 +27,7 @@
 
 pub mod config;
 pub mod error;
+pub mod guest;
 pub mod xml;
 
 #[cfg(feature = "libvirt")]
@@ -35,9 +36,6 @@ mod backend;
 mod compute;
 #[cfg(feature = "libvirt")]
 mod door;
-#[cfg(any(feature = "libvirt", test))]
-#[cfg_attr(not(feature = "libvirt"), allow(dead_code, reason = "the scripts are tested without libvirt too"))]
-mod guest;
 #[cfg(feature = "libvirt")]
 mod image;
 #[cfg(feature = "libvirt")]
