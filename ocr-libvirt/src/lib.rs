@@ -21,7 +21,7 @@
 //!   owner, scope and name, so libvirt itself refuses a second one; metadata in a namespace of its own tells the rest.
 //!   A domain without it is never changed. The disk bears the machine's id in its name.
 //! - A machine is defined first and undefined last, so that whatever was cut off is listed and can be finished or deleted.
-//! - A command runs in a guest at most once for its operation id. The in-guest runner (`guest/run.sh`) decides that, and
+//! - A command runs in a guest at most once for its operation id. The in-guest runner (`guest/runner.sh`) decides that, and
 //!   keeps the result in a file, since agents forget.
 //! - Secrets reach a guest through stdin, never as arguments.
 
