@@ -49,6 +49,7 @@ impl Backends {
                     password: None,
                     domain_type: args.domain_type.clone(),
                     pool: args.pool.clone(),
+                    insecure: false,
                 })
                 .await
             }
@@ -67,7 +68,7 @@ impl Backends {
     #[cfg(feature = "libvirt")]
     pub async fn libvirt(settings: &LibvirtSettings) -> Result<Self> {
         let config = ocr_libvirt::Config {
-            uri: settings.uri.clone(),
+            uri: settings.address(),
             pool: settings.pool.clone(),
             domain_type: domain_type(&settings.domain_type)?,
             user: settings.user.clone(),
@@ -97,16 +98,21 @@ impl Backends {
         }
     }
 
-    /// Deletes disks of this owner's that no machine has, and gives their names. There are none unless somebody took
-    /// a machine away by hand.
+    /// Deletes disks of this owner's that no machine has, and image data that no record speaks of, and gives their
+    /// names. There are none unless somebody took a machine away by hand or an import was cut off.
     ///
     /// # Errors
     /// Those of the backend.
+    #[cfg_attr(not(feature = "libvirt"), expect(unused_variables, reason = "no other backend has disks"))]
     pub async fn sweep_disks(&self, owner: &Owner) -> Result<Vec<String>> {
         match &self.disks {
             Disks::None => Ok(Vec::new()),
             #[cfg(feature = "libvirt")]
-            Disks::Libvirt(libvirt) => libvirt.sweep_volumes(owner).await,
+            Disks::Libvirt(libvirt) => {
+                let mut swept = libvirt.sweep_volumes(owner).await?;
+                swept.extend(libvirt.sweep_images(owner).await?);
+                Ok(swept)
+            }
         }
     }
 }

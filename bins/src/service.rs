@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use ocr_core::{
-    Error, Result, Retry, StateStore,
+    Error, Owner, Result, Retry, StateStore,
     exec::{self, Executor},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
@@ -23,6 +23,8 @@ const RETRY_PAUSE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Default)]
 pub struct Service {
     deployer: Option<Deployer>,
+    /// Where the deployer's machines may have left disks, and whose they are.
+    disks: Option<(Backends, Owner)>,
     executor: Option<(Executor, Scheduler)>,
 }
 
@@ -36,6 +38,7 @@ impl Service {
             guest: Some(backends.guest.clone()),
             store,
         };
+        self.disks = Some((backends.clone(), config.owner.clone()));
         self.deployer = Some(Deployer::new(parts, config));
         self
     }
@@ -130,6 +133,12 @@ impl Service {
                     ended = ?report.ended, swept = ?report.swept, forgotten = ?report.forgotten, failed = ?report.failed,
                     "reconcile found work"
                 );
+            }
+        }
+        if let Some((backends, owner)) = &self.disks {
+            let swept = backends.sweep_disks(owner).await?;
+            if !swept.is_empty() {
+                tracing::warn!(?swept, "deleted disks that no machine has");
             }
         }
         if let Some((executor, _)) = &self.executor {

@@ -354,6 +354,20 @@ pub struct LibvirtSettings {
     pub domain_type: String,
     /// Storage pool.
     pub pool: String,
+    /// Whether the hypervisor's certificate goes unverified.
+    pub insecure: bool,
+}
+
+impl LibvirtSettings {
+    /// The connection address with what GLOBAL_INSECURE adds to it.
+    pub fn address(&self) -> String {
+        let encrypted = self.uri.split(':').next().is_some_and(|scheme| scheme.ends_with("+tls"));
+        if !self.insecure || !encrypted {
+            return self.uri.clone();
+        }
+        let separator = if self.uri.contains('?') { '&' } else { '?' };
+        format!("{}{separator}no_verify=1", self.uri)
+    }
 }
 
 /// Where records are kept.
@@ -411,7 +425,7 @@ impl<'a> Reader<'a> {
         self.openstack = backend == "openstack";
         let listen = self.listen();
         let insecure = self.boolean("GLOBAL_INSECURE");
-        let libvirt = self.libvirt();
+        let libvirt = self.libvirt(insecure);
         if self.openstack {
             for name in OPENSTACK {
                 self.maybe(name);
@@ -495,13 +509,14 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn libvirt(&mut self) -> LibvirtSettings {
+    fn libvirt(&mut self, insecure: bool) -> LibvirtSettings {
         LibvirtSettings {
             uri: self.text("HYPERVISOR"),
             user: self.maybe("HYPERVISOR_USER"),
             password: self.maybe("HYPERVISOR_PASSWORD").map(SecretString::from),
             domain_type: self.choice("DOMAIN_TYPE", &["auto", "kvm", "qemu"]),
             pool: self.text("STORAGE_POOL"),
+            insecure,
         }
     }
 
@@ -698,6 +713,24 @@ mod tests {
             assert_eq!(with("GLOBAL_INSECURE", text).unwrap().insecure, want, "{text}");
         }
         assert!(with("GLOBAL_INSECURE", "ja").is_err());
+    }
+
+    #[test]
+    fn insecure_reaches_the_hypervisors_certificate_and_nothing_else() {
+        for (uri, insecure, want) in [
+            ("qemu+tls://h/system", "true", "qemu+tls://h/system?no_verify=1"),
+            ("qemu+tls://h/system?pkipath=/x", "true", "qemu+tls://h/system?pkipath=/x&no_verify=1"),
+            ("qemu+tls://h/system", "false", "qemu+tls://h/system"),
+            ("qemu+tcp://h/system", "true", "qemu+tcp://h/system"),
+            ("qemu:///system", "true", "qemu:///system"),
+        ] {
+            let mut values = good();
+            values.insert("HYPERVISOR".to_owned(), uri.to_owned());
+            values.insert("GLOBAL_INSECURE".to_owned(), insecure.to_owned());
+            let settings = Settings::read(Server::Machiner, &values).unwrap();
+            let Backend::Libvirt(libvirt) = settings.backend else { panic!("another backend") };
+            assert_eq!(libvirt.address(), want);
+        }
     }
 
     #[test]

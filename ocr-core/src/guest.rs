@@ -27,6 +27,10 @@ use crate::{Deletion, Error, OperationId, OsFamily, Result, VmId};
 /// [`GUEST_NOT_RUNNING`](crate::error::reason::GUEST_NOT_RUNNING).
 ///
 /// - Every method MUST tell that the machine is gone, and that a repeat is no use [case: guest_gone_everywhere].
+/// - While a running machine boots, `guest_info` MUST give `AGENT_NOT_READY`, safe to repeat, and nothing else until it
+///   succeeds [case: guest_booting].
+/// - While a guest reboots, commands MUST give `AGENT_NOT_READY` and nothing else, and then run in the guest that has
+///   booted anew [case: guest_rebooted].
 /// - A machine without an agent channel MUST give `AGENT_ABSENT` as soon as it runs [case: guest_agent_absent].
 /// - A path that is not absolute, has a `.` or `..` part, ends in `/` or has a NUL byte MUST fail with `Invalid`
 ///   [case: guest_bad_path].

@@ -1,6 +1,6 @@
 //! Deploying: what holds whatever fails, whoever goes away, and whenever the process is killed.
 
-#![expect(clippy::unwrap_used, clippy::type_complexity, reason = "a test")]
+#![expect(clippy::unwrap_used, reason = "a test")]
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -78,6 +78,12 @@ fn web() -> CreateRequest {
         links: vec!["default".to_owned()],
         labels: BTreeMap::new(),
     }
+}
+
+/// A create by a client of its own.
+fn in_background(deployer: &Deployer) -> tokio::task::JoinHandle<Result<Vm>> {
+    let deployer = deployer.clone();
+    tokio::spawn(async move { deployer.create(web()).await })
 }
 
 fn paused<T>(test: impl Future<Output = T>) -> T {
@@ -199,10 +205,7 @@ fn a_machine_that_fails_ends_the_wait_at_once_with_the_backends_words() {
     paused(async {
         let world = World::with(MemoryOptions { boot_time: Duration::from_secs(30), ..quick() });
         let deployer = world.deployer();
-        let create = tokio::spawn({
-            let deployer = deployer.clone();
-            async move { deployer.create(web()).await }
-        });
+        let create = in_background(&deployer);
         let vm = loop {
             tokio::time::sleep(Duration::from_millis(10)).await;
             if let Some(vm) = world.machines().await.first() {
@@ -266,10 +269,7 @@ fn a_delete_during_a_create_wins() {
     paused(async {
         let world = World::new();
         let deployer = world.deployer();
-        let create = tokio::spawn({
-            let deployer = deployer.clone();
-            async move { deployer.create(web()).await }
-        });
+        let create = in_background(&deployer);
         let id = loop {
             tokio::time::sleep(Duration::from_millis(10)).await;
             if let Some(id) = deployer.records().await.unwrap().first().and_then(|record| record.id) {
@@ -334,10 +334,7 @@ fn reconcile_leaves_work_under_way_alone() {
     paused(async {
         let world = World::new();
         let deployer = world.deployer();
-        let create = tokio::spawn({
-            let deployer = deployer.clone();
-            async move { deployer.create(web()).await }
-        });
+        let create = in_background(&deployer);
         while !create.is_finished() {
             assert!(deployer.reconcile().await.unwrap().is_clean());
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -434,10 +431,7 @@ fn an_agent_that_is_disabled_is_said_at_once() {
     paused(async {
         let world = World::with(MemoryOptions { agent_time: Duration::from_secs(30), ..quick() });
         let deployer = world.deployer();
-        let create = tokio::spawn({
-            let deployer = deployer.clone();
-            async move { deployer.create(web()).await }
-        });
+        let create = in_background(&deployer);
         tokio::time::sleep(Duration::from_secs(1)).await;
         let vm = world.machines().await[0].id;
         assert!(world.cloud.set_agent(vm, AgentMode::Absent));

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -20,6 +20,7 @@ use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol}
 use crate::{
     config::{Config, DomainType},
     door::{Call, Door, Effect, Lane, Load, Trouble},
+    guest::{AgentGuest, AgentGuestConfig, Link},
     probe,
     xml::{domain, volume},
 };
@@ -28,8 +29,6 @@ use crate::{
 const REMEMBERED_MACHINES: usize = 4096;
 /// The longest single pause before a volume in use is tried again; all of them together are twice that.
 const VOLUME_PATIENCE: Duration = Duration::from_secs(2);
-/// After so many commands a guest is told to forget old results.
-const COMMANDS_BETWEEN_PRUNING: u32 = 32;
 /// The most virtual cpus where libvirt does not say.
 const USUAL_MAX_CPUS: u32 = 16;
 
@@ -39,6 +38,7 @@ const USUAL_MAX_CPUS: u32 = 16;
 #[derive(Clone, Debug)]
 pub struct Libvirt {
     pub(crate) inner: Arc<Inner>,
+    pub(crate) guest: Arc<AgentGuest<Link>>,
 }
 
 #[derive(Debug)]
@@ -61,8 +61,6 @@ pub(crate) struct Machine {
     agent: Arc<tokio::sync::Mutex<()>>,
     /// Whether the agent was silent last time.
     is_suspect: AtomicBool,
-    /// Commands run since old results in the guest were last forgotten.
-    commands: AtomicU32,
 }
 
 impl Libvirt {
@@ -88,21 +86,26 @@ impl Libvirt {
             DomainType::Qemu => false,
             DomainType::Auto => probe::kvm_runs(&door, &config).await?,
         };
-        Ok(Self {
-            inner: Arc::new(Inner {
-                config,
-                door,
-                is_kvm,
-                pool: facts.pool,
-                capabilities: ComputeCapabilities {
-                    max_cpus: facts.max_cpus,
-                    max_ram_bytes: facts.max_ram_bytes,
-                    power: true,
-                    nics: true,
-                },
-                machines: Mutex::default(),
-            }),
-        })
+        let guest_config = AgentGuestConfig {
+            base: config.guest_folder.clone(),
+            margin: config.exec_margin,
+            ..AgentGuestConfig::default()
+        };
+        let inner = Arc::new(Inner {
+            config,
+            door,
+            is_kvm,
+            pool: facts.pool,
+            capabilities: ComputeCapabilities {
+                max_cpus: facts.max_cpus,
+                max_ram_bytes: facts.max_ram_bytes,
+                power: true,
+                nics: true,
+            },
+            machines: Mutex::default(),
+        });
+        let guest = Arc::new(AgentGuest::with_config(Link(inner.clone()), guest_config)?);
+        Ok(Self { inner, guest })
     }
 
     /// How machines are run: what was set, or what [`DomainType::Auto`] came to.
@@ -162,16 +165,6 @@ impl Machine {
         })
     }
 
-    /// Counts a command; whether it shall forget old results.
-    pub(crate) fn wants_pruning(&self) -> bool {
-        self.commands.fetch_add(1, Ordering::Relaxed) % COMMANDS_BETWEEN_PRUNING == 0
-    }
-
-    /// Lets the next command forget old results.
-    pub(crate) fn want_pruning(&self) {
-        self.commands.store(0, Ordering::Relaxed);
-    }
-
     pub(crate) fn is_suspect(&self) -> bool {
         self.is_suspect.load(Ordering::Relaxed)
     }
@@ -227,12 +220,12 @@ pub(crate) fn found<T>(result: Result<T, virt::error::Error>) -> Result<Option<T
     }
 }
 
-/// Deletes a volume; `None` when it was gone. One that libvirt still has its hands on, as for a moment after an
-/// upload, is waited for.
-pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> {
+/// Repeats what libvirt refuses while it has its hands on a volume: for a moment after an upload, and while somebody
+/// else reads it.
+pub(crate) fn patiently<T>(mut call: impl FnMut() -> Result<T, Trouble>) -> Result<T, Trouble> {
     let mut pause = Duration::from_millis(10);
     loop {
-        match found(volume.delete(0)) {
+        match call() {
             Err(Trouble::Libvirt(failure))
                 if failure.meaning() == crate::error::Meaning::WrongState && pause < VOLUME_PATIENCE =>
             {
@@ -242,6 +235,11 @@ pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> 
             result => return result,
         }
     }
+}
+
+/// Deletes a volume; `None` when it was gone.
+pub(crate) fn delete_volume(volume: &StorageVol) -> Result<Option<()>, Trouble> {
+    patiently(|| found(volume.delete(0)))
 }
 
 /// The resource names of errors.

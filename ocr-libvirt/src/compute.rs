@@ -33,6 +33,8 @@ use crate::{
 
 /// How often a guest that was asked to shut down is asked again: one that still boots misses the first time.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// Less than this is not waited for a call that asks a guest.
+const MIN_PATIENCE: Duration = Duration::from_secs(2);
 /// The longest pause between two looks at a guest that shuts down.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
 
@@ -169,12 +171,21 @@ impl Libvirt {
         T: Send + 'static,
         F: Fn(&Domain) -> Result<T, Trouble> + Send + 'static,
     {
+        self.power_within(self.inner.config.call_deadline, effect, id, work).await
+    }
+
+    async fn power_within<T, F>(&self, deadline: Duration, effect: Effect, id: VmId, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: Fn(&Domain) -> Result<T, Trouble> + Send + 'static,
+    {
         let work = move |connect: &Connect| {
             let domain = domain_of(connect, id)?.ok_or_else(|| no_machine(id))?;
             owned(&domain)?;
             work(&domain)
         };
-        self.inner.control("compute.set_power", effect, work).await
+        let call = Call { operation: "compute.set_power", lane: Lane::Control, effect, deadline };
+        self.inner.door.call(call, work).await.map_err(Trouble::into_error)
     }
 
     async fn start(&self, id: VmId) -> Result<()> {
@@ -196,7 +207,9 @@ impl Libvirt {
             let mut pause = Duration::from_millis(20);
             loop {
                 let ask = asked.is_none_or(|asked| asked.elapsed() >= ASK_AGAIN);
-                let is_off = self.power(Effect::Some, id, move |domain| {
+                // The machine may hang, and with it the call: that must not cost more than the grace.
+                let patience = grace.clamp(MIN_PATIENCE, self.inner.config.call_deadline.max(MIN_PATIENCE));
+                let is_off = self.power_within(patience, Effect::Some, id, move |domain| {
                     if !domain.is_active()? {
                         return Ok(true);
                     }
@@ -206,8 +219,15 @@ impl Libvirt {
                     }
                     Ok(false)
                 });
-                if is_off.await? {
-                    return Ok(());
+                match is_off.await {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => {}
+                    // A machine that hangs cannot be asked; its plug can be pulled all the same.
+                    Err(error) if matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::Unavailable) => {
+                        tracing::debug!(vm = %id, %error, "the machine does not listen");
+                        break;
+                    }
+                    Err(error) => return Err(error),
                 }
                 if ask {
                     asked = Some(Instant::now());
@@ -472,7 +492,11 @@ fn delete(connect: &Connect, pool_name: &str, domain: &Domain, id: VmId) -> Resu
         _ => Err(trouble),
     };
     // Another one, at the same time, may be quicker at every step.
-    mark(domain, Phase::Deleting).or_else(gone)?;
+    match mark(domain, Phase::Deleting).or_else(gone) {
+        // A machine that hangs may let nobody write to it. The mark is only for those who look.
+        Err(Trouble::Libvirt(failure)) if failure.meaning() == Meaning::Busy => {}
+        marked => marked?,
+    }
     switch_off(domain).or_else(gone)?;
     let seen = match found(domain.xml_desc(0))? {
         Some(xml) => Seen::parse(&xml)?,

@@ -109,7 +109,7 @@ impl Default for Config {
             exec_margin: Duration::from_secs(30),
             keepalive: Duration::from_secs(5),
             max_calls: 64,
-            guest_folder: "/var/lib/ocr/ops".to_owned(),
+            guest_folder: "/var/lib/ocr".to_owned(),
         }
     }
 }

@@ -693,3 +693,201 @@ impl Threads {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use ocr_core::ErrorKind;
+
+    use super::*;
+
+    fn door(max_calls: usize) -> Door {
+        Door::new(&Config { uri: "test:///default".to_owned(), max_calls, ..Config::default() })
+    }
+
+    const CALL: Call =
+        Call { operation: "test.call", lane: Lane::Control, effect: Effect::None, deadline: Duration::from_secs(20) };
+
+    /// Work that ends when the sender is dropped.
+    fn hang() -> (mpsc::Sender<()>, impl Fn(&Connect) -> Result<(), Trouble> + Send + 'static) {
+        let (gate, closed) = mpsc::channel::<()>();
+        let closed = Mutex::new(closed);
+        let work = move |_: &Connect| {
+            let _ = closed.lock().unwrap().recv();
+            Ok(())
+        };
+        (gate, work)
+    }
+
+    async fn until(mut done: impl FnMut() -> bool) {
+        for _ in 0..1000 {
+            if done() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("waited too long");
+    }
+
+    #[tokio::test]
+    async fn a_call_is_answered() {
+        let name = door(4).call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        assert!(!name.is_empty());
+    }
+
+    #[tokio::test]
+    async fn libvirts_error_comes_back_as_it_is() {
+        let result = door(4).call(CALL, |connect| Ok(connect.lookup_domain_by_name("none")?.name()?)).await;
+        let Err(Trouble::Libvirt(failure)) = result else { panic!("{result:?}") };
+        assert_eq!(failure.code, crate::error::code::NO_DOMAIN);
+    }
+
+    #[tokio::test]
+    async fn a_call_that_hangs_costs_its_caller_the_deadline_and_others_nothing() {
+        let door = door(4);
+        let (gate, work) = hang();
+        let short = Call { effect: Effect::Some, deadline: Duration::from_millis(100), ..CALL };
+        let error = door.call(short, work).await.unwrap_err().into_error();
+        assert_eq!((error.kind(), error.retry()), (ErrorKind::TimedOut, Retry::Ambiguous));
+        assert_eq!(error.operation(), Some("test.call"));
+        assert_eq!(door.load(), Load { calls: 1, given_up: 1 });
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        drop(gate);
+        until(|| door.load() == Load { calls: 0, given_up: 0 }).await;
+    }
+
+    #[tokio::test]
+    async fn reading_past_the_deadline_is_safe_to_repeat() {
+        let (_gate, work) = hang();
+        let short = Call { deadline: Duration::from_millis(50), ..CALL };
+        assert_eq!(door(4).call(short, work).await.unwrap_err().into_error().retry(), Retry::Safe);
+    }
+
+    #[tokio::test]
+    async fn however_many_calls_hang_threads_are_bounded() {
+        let door = door(2);
+        let short = Call { deadline: Duration::from_millis(100), ..CALL };
+        let gates: Vec<_> = {
+            let mut gates = Vec::new();
+            for _ in 0..2 {
+                let (gate, work) = hang();
+                gates.push(gate);
+                assert_eq!(door.call(short, work).await.unwrap_err().into_error().kind(), ErrorKind::TimedOut);
+            }
+            gates
+        };
+        // No thread is left: the call is not made, and says so.
+        let error = door.call(short, |_| -> Result<(), Trouble> { panic!("made") }).await.unwrap_err().into_error();
+        assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe));
+        assert_eq!(door.load(), Load { calls: 2, given_up: 2 });
+        drop(gates);
+        until(|| door.load().calls == 0).await;
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn lanes_do_not_wait_for_each_other() {
+        let door = door(16);
+        let mut gates = Vec::new();
+        for _ in 0..Config::AGENT_CALLS_PER_CONNECTION {
+            let (gate, work) = hang();
+            gates.push(gate);
+            let short = Call { lane: Lane::Suspect, deadline: Duration::from_millis(50), ..CALL };
+            door.call(short, work).await.unwrap_err();
+        }
+        let full = Call { lane: Lane::Suspect, deadline: Duration::from_millis(50), ..CALL };
+        let error = door.call(full, |_| Ok(())).await.unwrap_err().into_error();
+        assert_eq!(error.kind(), ErrorKind::Unavailable);
+        for lane in [Lane::Control, Lane::Agent, Lane::Bulk] {
+            door.call(Call { lane, ..CALL }, |connect| Ok(connect.hostname()?)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_the_binding_is_an_error_and_the_thread_goes_on() {
+        let door = door(1);
+        for _ in 0..3 {
+            let result: Result<(), Trouble> = door.call(CALL, |_| panic!("on purpose")).await;
+            assert_eq!(result.unwrap_err().into_error().kind(), ErrorKind::Internal);
+        }
+        door.call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        until(|| door.load() == Load { calls: 0, given_up: 0 }).await;
+    }
+
+    #[tokio::test]
+    async fn a_libvirt_that_is_not_there_is_unavailable_for_all_who_ask() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("none");
+        let uri = format!("qemu+unix:///system?socket={}", socket.display());
+        let door = Arc::new(Door::new(&Config { uri, ..Config::default() }));
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..20 {
+            let door = door.clone();
+            callers.spawn(async move { door.call(CALL, |_| Ok(())).await.unwrap_err().into_error() });
+        }
+        for error in callers.join_all().await {
+            assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn one_that_accepts_and_never_answers_holds_one_thread_and_no_caller() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("mute");
+        let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let uri = format!("qemu+unix:///system?socket={}", socket.display());
+        let config = Config { uri, control_connections: 1, ..Config::default() };
+        let door = Door::new(&config);
+        let short = Call { deadline: Duration::from_millis(200), ..CALL };
+        for _ in 0..5 {
+            let error = door.call(short, |_| Ok(())).await.unwrap_err().into_error();
+            assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Safe), "{error}");
+        }
+        assert_eq!(door.load().calls, 1);
+        // It goes away: the attempt ends, and the next caller makes another one.
+        drop(listener);
+        until(|| door.load().calls == 0).await;
+    }
+
+    #[tokio::test]
+    async fn a_call_whose_caller_left_before_it_began_is_not_made() {
+        let door = Arc::new(door(1));
+        let (gate, work) = hang();
+        let busy = tokio::spawn({
+            let door = door.clone();
+            async move { door.call(CALL, work).await }
+        });
+        until(|| door.load().calls == 1).await;
+        let made = Arc::new(AtomicUsize::new(0));
+        let count = made.clone();
+        let short = Call { deadline: Duration::from_millis(50), ..CALL };
+        let left = door.call(short, move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        });
+        left.await.unwrap_err();
+        drop(gate);
+        busy.await.unwrap().unwrap();
+        assert_eq!(made.load(Ordering::Relaxed), 0);
+    }
+
+    #[tokio::test]
+    async fn credentials_are_given_and_wrong_ones_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let node = folder.path().join("node.xml");
+        std::fs::write(&node, "<node><auth><user password='right'>range</user></auth></node>").unwrap();
+        let open = |password: &str| {
+            Door::new(&Config {
+                uri: format!("test://{}", node.display()),
+                user: Some("range".to_owned()),
+                password: Some(password.to_owned().into()),
+                ..Config::default()
+            })
+        };
+        open("right").call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap();
+        let error = open("wrong").call(CALL, |connect| Ok(connect.hostname()?)).await.unwrap_err().into_error();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(!format!("{error:?}").contains("wrong"));
+    }
+}

@@ -181,6 +181,11 @@ impl Failure {
         matches!(self.meaning(), Meaning::ConnectionClosed | Meaning::ConnectionLost | Meaning::CannotConnect)
     }
 
+    /// Whether the agent no longer knows a process: it restarted, or has given the result away.
+    pub fn is_unknown_pid(&self) -> bool {
+        self.meaning() == Meaning::AgentRefused && (self.message.contains("'pid'") || self.message.contains("PID"))
+    }
+
     /// The error of a call about machines, networks or volumes.
     ///
     /// libvirt's words are in the text where only they tell what is wrong, and in the source otherwise.
@@ -264,11 +269,6 @@ fn refusal(message: &str) -> &str {
         .map_or(message, |(_, words)| words)
 }
 
-/// Whether the agent no longer knows a process: it restarted, or has given the result away.
-pub(crate) fn is_unknown_pid(failure: &Failure) -> bool {
-    failure.meaning() == Meaning::AgentRefused && (failure.message.contains("'pid'") || failure.message.contains("PID"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,7 +282,8 @@ mod tests {
     fn the_agents_errors_are_told_apart() {
         use ErrorKind as K;
         use Retry as R;
-        let rows: &[(u32, u32, &str, K, R, Option<&str>)] = &[
+        type Row = (u32, u32, &'static str, ErrorKind, Retry, Option<&'static str>);
+        let rows: &[Row] = &[
             (
                 86,
                 10,
@@ -459,15 +460,21 @@ mod tests {
 
     #[test]
     fn a_lost_pid_is_known() {
-        assert!(is_unknown_pid(&failure(
-            1,
-            10,
-            "internal error: unable to execute QEMU agent command 'guest-exec-status': Invalid parameter 'pid'"
-        )));
-        assert!(!is_unknown_pid(&failure(
-            1,
-            10,
-            "internal error: unable to execute QEMU agent command 'guest-exec': Failed to execute child process"
-        )));
+        assert!(
+            failure(
+                1,
+                10,
+                "internal error: unable to execute QEMU agent command 'guest-exec-status': Invalid parameter 'pid'"
+            )
+            .is_unknown_pid()
+        );
+        assert!(
+            !failure(
+                1,
+                10,
+                "internal error: unable to execute QEMU agent command 'guest-exec': Failed to execute child process"
+            )
+            .is_unknown_pid()
+        );
     }
 }

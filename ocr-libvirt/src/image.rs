@@ -23,7 +23,7 @@ use uuid::Uuid;
 use virt::{connect::Connect, storage_pool::StoragePool, storage_vol::StorageVol, stream::Stream};
 
 use crate::{
-    backend::{Inner, Libvirt, delete_volume, found, pool},
+    backend::{Inner, Libvirt, delete_volume, found, patiently, pool},
     door::{Call, Effect, Lane, Trouble},
     error::{Failure, Meaning},
     qcow2,
@@ -420,10 +420,8 @@ impl Import {
 
     /// Sends the file; returns the digest of what was sent, when it is the one that was asked for.
     fn upload(&self, connect: &Connect, data: &StorageVol, file: &mut File, length: u64) -> Result<String, Trouble> {
-        let stream = Stream::new(connect, 0)?;
-        data.upload(&stream, 0, length, 0)?;
         let mut hash = Sha256::new();
-        through(stream, |stream| {
+        through(begin_upload(connect, data, length)?, |stream| {
             let mut buffer = vec![0; CHUNK_BYTES];
             let mut left = length;
             while left > 0 {
@@ -489,11 +487,18 @@ impl Import {
             }
             Err(failure) => return Err(Trouble::Libvirt(failure)),
         };
-        let stream = Stream::new(connect, 0)?;
-        volume.upload(&stream, 0, length, 0)?;
-        through(stream, |stream| send(stream, &json))?;
+        through(begin_upload(connect, &volume, length)?, |stream| send(stream, &json))?;
         Ok(true)
     }
+}
+
+/// A stream into a volume. Whoever lists images may be reading the volume at this moment, and is waited for.
+fn begin_upload(connect: &Connect, volume: &StorageVol, length: u64) -> Result<Stream, Trouble> {
+    patiently(|| {
+        let stream = Stream::new(connect, 0)?;
+        volume.upload(&stream, 0, length, 0)?;
+        Ok(stream)
+    })
 }
 
 fn unreadable(error: std::io::Error) -> Error {

@@ -229,6 +229,9 @@ pub struct ConformArgs {
     /// Run only the cases whose name contains this
     #[arg(long, default_value = "", hide_default_value = true)]
     pub filter: String,
+    /// Check the embedded store too, in this file; it is made when it is not there
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
     /// A user of the guest other than the agent's own, for the cases that run commands as one
     #[arg(long)]
     pub guest_user: Option<String>,

@@ -12,7 +12,7 @@ use super::{
     args::{BackendKind, ConformArgs},
     output::{Failure, Output},
 };
-use crate::backends::Backends;
+use crate::{backends::Backends, service::open_store, settings::Store};
 
 /// Runs the cases; the exit code is 1 when one failed.
 pub(crate) async fn run(args: &ConformArgs, output: &Output) -> Result<ExitCode, Failure> {
@@ -30,10 +30,12 @@ pub(crate) async fn run(args: &ConformArgs, output: &Output) -> Result<ExitCode,
     }
     let backends = Backends::open(&args.backend).await?;
     let subject = subject(&backends, args).await?;
-    let progress = output.progress(format!("checking as {}", subject.owner));
-    let report = conformance::run(&subject, wanted).await;
-    progress.finish_and_clear();
-    output.result(format_args!("{report}"), &report.to_json());
+    output.line(format_args!("everything made here carries the owner {}", subject.owner));
+    let report = conformance::run_observed(&subject, wanted, |case| output.line(format_args!("{case}"))).await;
+    output.result(
+        format_args!("{} passed, {} failed, {} ignored", report.passed(), report.failed(), report.ignored()),
+        &report.to_json(),
+    );
     Ok(if report.failed() == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
@@ -44,7 +46,13 @@ async fn subject(backends: &Backends, args: &ConformArgs) -> Result<Subject, Fai
         (_, named) => named,
     };
     let networks = backends.network.list_networks(&NetworkFilter::default()).await?;
+    let state = match (&args.state, args.backend.backend) {
+        (Some(path), _) => Some(open_store(&Store::Embedded(path.clone()))?),
+        (None, BackendKind::Memory) => Some(open_store(&Store::Memory)?),
+        (None, BackendKind::Libvirt) => None,
+    };
     Ok(Subject {
+        state,
         compute: Some(backends.compute.clone()),
         network: Some(backends.network.clone()),
         image: Some(backends.image.clone()),

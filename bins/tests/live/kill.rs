@@ -91,7 +91,7 @@ async fn servers_killed_at_twenty_moments_leave_nothing_unowned() {
         let after = moment("create", phases.create);
         cut_create(&mut site, after).await;
         let vm = site.create("web").await;
-        assert_eq!(site.assert_all_owned().await.into_iter().collect::<Vec<_>>(), [vm.clone()]);
+        assert!(site.assert_all_owned().await.iter().eq([&vm]), "the machine is the only one");
         let after = moment("install", phases.install);
         cut_install(&mut site, &vm, after).await;
         let after = moment("condition", phases.condition);

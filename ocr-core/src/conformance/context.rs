@@ -302,6 +302,15 @@ fn verdict(left: &[String]) -> Check {
 pub(super) async fn sweep(subject: &Subject, shared: &Shared) -> Check {
     let mut left = Vec::new();
     let ours = |tags: &Tags| is_ours(subject, tags);
+    if let (Some(guest), Some(vm), Some(Ok(_))) = (&subject.guest, subject.guest_vm, shared.guest.get()) {
+        // A machine that was lent stays, without our files. Names begin with the owner, which no pattern is in.
+        let line = format!("rm -rf /tmp/{}-*; ls -A /tmp | grep -F '{}-' || true", subject.owner, subject.owner);
+        match guest.shell(vm, &line).await {
+            Ok(output) if output.stdout.is_empty() => {}
+            Ok(output) => left.push(format!("files in the guest: {}", String::from_utf8_lossy(&output.stdout))),
+            Err(error) => left.push(format!("the guest's files cannot be removed: {}", shown(&error))),
+        }
+    }
     if let Some(compute) = &subject.compute {
         if let Some(Ok(guest)) = shared.guest.get()
             && subject.guest_vm.is_none()

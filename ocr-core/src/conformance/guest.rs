@@ -108,6 +108,50 @@ pub(super) async fn guest_info_ready(c: &Context<'_>) -> Check {
     Ok(())
 }
 
+fn not_ready(error: &Error, what: &str) -> Check {
+    let right = error.kind() == ErrorKind::Unavailable && error.reason() == Some(reason::AGENT_NOT_READY);
+    ensure!(right, "{what} must give unavailable with {}, it gave {}", reason::AGENT_NOT_READY, shown(error));
+    Ok(())
+}
+
+pub(super) async fn guest_booting(c: &Context<'_>) -> Check {
+    let vm = c.running("a").await?.id;
+    let end = Instant::now() + c.deadline();
+    let mut pause = Duration::from_millis(20);
+    while let Err(error) = c.guest()?.guest_info(vm).await {
+        not_ready(&error, "a guest that boots")?;
+        ensure!(error.retry() == Retry::Safe, "a guest that boots must be safe to ask again: {}", shown(&error));
+        ensure!(Instant::now() < end, "the guest never became ready: {}", shown(&error));
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    }
+    Ok(())
+}
+
+pub(super) async fn guest_rebooted(c: &Context<'_>) -> Check {
+    let vm = c.running("a").await?.id;
+    let guest = c.guest()?;
+    guest.wait_ready(vm, c.deadline(), Duration::from_secs(1)).await?;
+    // Linux gives each boot an id of its own.
+    let boot_id = || guest.shell(vm, "cat /proc/sys/kernel/random/boot_id");
+    let before = boot_id().await?;
+    ensure!(before.success() && !before.stdout.is_empty(), "the guest has no boot id: {before:?}");
+    c.compute()?.set_power(vm, PowerAction::Reboot { grace: None }).await?;
+    let end = Instant::now() + c.deadline();
+    let mut pause = Duration::from_millis(20);
+    loop {
+        match boot_id().await {
+            Ok(now) if now.success() && now.stdout != before.stdout => return Ok(()),
+            // The backend may take its time to begin.
+            Ok(_) => {}
+            Err(error) => not_ready(&error, "a guest that reboots")?,
+        }
+        ensure!(Instant::now() < end, "the guest did not boot anew");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    }
+}
+
 pub(super) async fn guest_gone_everywhere(c: &Context<'_>) -> Check {
     let (guest, vm) = (c.guest()?, VmId::random());
     let calls: [(&str, crate::Result<()>); 5] = [

@@ -403,6 +403,8 @@ table! {
         guest_info_missing [] "a machine that does not exist is gone";
         guest_info_stopped [Machine, Power] "a machine that is off is not running";
         guest_info_ready [Guest] "an agent that answers says what it can";
+        guest_booting [Machine] "a guest that boots is not ready, and nothing else";
+        guest_rebooted [Machine, Power] "a reboot loses nothing but time";
         guest_gone_everywhere [] "every method tells that the machine is gone";
         guest_agent_absent [Machine, MuteTemplate] "no agent channel is an error of its own";
         guest_bad_path [Guest] "paths that climb or are not absolute are refused";

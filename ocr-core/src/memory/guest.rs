@@ -78,7 +78,8 @@ enum Outcome {
 
 impl Operations {
     fn end(&mut self, id: OperationId, outcome: Outcome) {
-        let Some(operation) = self.by_id.get_mut(&id) else { return };
+        let running = |operation: &&mut Operation| operation.outcome.borrow().is_none();
+        let Some(operation) = self.by_id.get_mut(&id).filter(running) else { return };
         operation.task = None;
         self.bytes += size(Some(&outcome));
         operation.outcome.send_replace(Some(outcome));
@@ -111,6 +112,19 @@ fn size(outcome: Option<&Outcome>) -> usize {
     match outcome {
         Some(Outcome::Ended(output)) => output.stdout.len() + output.stderr.len(),
         _ => 0,
+    }
+}
+
+/// Enters a command's end in the results, whatever ends it: callers wait for that entry.
+struct End {
+    process: Process,
+    operation: OperationId,
+    outcome: Outcome,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.process.machine(|machine| machine.operations.end(self.operation, self.outcome.clone()));
     }
 }
 
@@ -307,6 +321,8 @@ impl Inner {
         let output = Arc::new(Output::new(usize::try_from(limit_bytes).unwrap_or(usize::MAX), progress));
         let shell = Shell::new(process.clone(), output.clone(), user, &request.environment, request.stdin.clone());
         let (operation, command, deadline) = (request.operation, request.command.clone(), request.deadline);
+        let lost = Outcome::Lost("the command was ended from outside");
+        let mut end = End { process: process.clone(), operation, outcome: lost };
         async move {
             let run = async {
                 match &command {
@@ -314,14 +330,14 @@ impl Inner {
                     Command::Argv(argv) => shell.argv(argv).await,
                 }
             };
-            let outcome = match tokio::time::timeout(deadline, Box::pin(run)).await {
+            end.outcome = match tokio::time::timeout(deadline, Box::pin(run)).await {
                 Err(_) => Outcome::TimedOut(deadline),
                 Ok(exit_code) => {
                     let [(stdout, stdout_truncated), (stderr, stderr_truncated)] = output.take();
                     Outcome::Ended(ExecOutput { exit_code, stdout, stderr, stdout_truncated, stderr_truncated })
                 }
             };
-            process.machine(|machine| machine.operations.end(operation, outcome));
+            drop(end);
             let power = *process.power.lock().unwrap_or_else(PoisonError::into_inner);
             if let (Some(power), Some(cloud)) = (power, process.cloud.upgrade()) {
                 cloud.power_guest(&mut cloud.world(), vm, power);

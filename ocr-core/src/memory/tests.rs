@@ -57,6 +57,8 @@ scripts! {
     files_move_and_copy: "cd /tmp; mkdir -p a/b; echo x > a/b/f; cp -r a c; mv a/b d; rm -r a; cat c/b/f d/f; ls; rmdir d || rm -rf d; ls" => "x\nx\nc\nd\nc\n";
     modes_show: "cd /tmp; echo x > f; chmod 640 f; chown user f; stat -c '%a %U %s' f; chmod u+x,o= f 2>/dev/null; chmod u+x f; ls -l f | head -c 10" => "640 user 2\n-rwxr-----";
     text_programs: r#"seq 1 12 | tail -n 3 | head -n 1; echo aXb | tr X- '\n_'; grep -c root /etc/passwd; basename /a/b.sh .sh; dirname /a/b"# => "10\na\nb\n1\nb\n/a\n";
+    patterns_are_files: "cd /tmp; touch a.x b.x .c.x; mkdir d; touch d/e.x; echo *.x; echo .*.x /tmp/*/?.x; echo '*.x' *.y; v='*.x'; echo $v \"$v\"; rm *.x; ls -a"
+        => "a.x b.x\n.c.x /tmp/d/e.x\n*.x *.y\na.x b.x *.x\n.c.x\nd\n";
     programs_are_found: "command -v cat; which nothing || echo none; [ -x /bin/sh ] && /bin/echo yes; eval 'echo $((1+1))'" => "/bin/cat\nnone\nyes\n2\n";
     unknown_programs_are_127: "nothing; echo $?; /tmp; echo $?; /etc/passwd; echo $?" => "127\n126\n126\n";
     root_is_root: "whoami; id -u; echo $HOME; id -u user" => "root\n0\n/root\n1000\n";
@@ -225,6 +227,17 @@ async fn a_reboot_from_inside_comes_after_the_result() {
     assert_eq!(cloud.boots(vm), Some(3));
 }
 
+#[test]
+fn a_command_that_breaks_is_lost_and_keeps_nobody_waiting() {
+    // Without a clock the command's task panics.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+    let error = runtime.block_on(async {
+        let (cloud, vm) = guest().await;
+        cloud.shell(vm, "sleep 1").await.unwrap_err()
+    });
+    assert_eq!((error.kind(), error.retry()), (ErrorKind::Unavailable, Retry::Ambiguous));
+}
+
 #[tokio::test]
 async fn a_cloud_that_is_dropped_takes_its_commands_along() {
     let (cloud, vm) = guest().await;
@@ -306,6 +319,18 @@ async fn a_seed_gives_the_same_ids() {
         cloud.create_vm(&MemoryCloud::tiny_spec("web-0")).await.unwrap().id
     };
     assert_eq!(make().await, make().await);
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn any_text_in_quotes_stays_as_it_is(text in "[^\0]{0,40}") {
+        let quoted = text.replace('\'', "'\\''");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+        let output = runtime.block_on(sh(&format!("v='{quoted}'; printf '%s|' \"$v\" '{quoted}'")));
+        proptest::prop_assert_eq!(output.stdout, format!("{text}|{text}|"));
+    }
 }
 
 #[tokio::test]

@@ -1,357 +1,291 @@
-//! The guest agent's commands as types, and the one way to send one.
+//! The QEMU guest agent's commands, typed, one at a time per machine.
 
-use std::time::Duration;
-
-use base64::{Engine, engine::general_purpose::STANDARD};
-use ocr_core::{Error, ErrorKind, Result, VmId, error::reason};
-use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
-use tokio::time::Instant;
-
-use crate::{
-    backend::{Inner, vm_resource},
-    door::{Call, Effect, Lane, Trouble},
-    error::{Failure, Meaning},
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
 };
 
-/// The most bytes of content in one message to an agent. libvirt loses its place in messages beyond what a socket
-/// takes at once (219,264 bytes where this was measured), so this stays far below.
-pub(crate) const MAX_CONTENT_BYTES: usize = 48 << 10;
-/// The longest message that is sent: the content in base64, and arguments.
-const MAX_MESSAGE_BYTES: usize = 160 << 10;
-/// The most bytes of a file in one answer. libvirt passes on 4 MiB of text; the agent is deaf while it encodes.
-pub(crate) const READ_BYTES: u64 = 512 << 10;
-/// libvirt's own limit for the handshake that precedes every command.
-const HANDSHAKE: Duration = Duration::from_secs(5);
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use ocr_core::{
+    Error, ErrorKind, Result, Retry, VmId,
+    error::{reason, seconds},
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
 
-/// A command of the agent's protocol.
-pub(crate) trait AgentCommand: Serialize + Sync {
-    /// The protocol's name for it.
-    const NAME: &'static str;
-    /// Whether repeating it is harmless.
-    const EFFECT: Effect;
-    /// Its answer.
-    type Reply: DeserializeOwned + Send + 'static;
+use super::AgentLink;
+
+/// The longest that one command may take. The agent itself answers in milliseconds; an agent that does not is hung.
+const COMMAND_LIMIT: Duration = Duration::from_secs(15);
+
+/// The longest wait for the commands of other callers on the same machine.
+const TURN_LIMIT: Duration = Duration::from_secs(60);
+
+/// Machines of which something is kept although nobody uses them now: a few dozen bytes each.
+const IDLE_SEATS: usize = 16 << 10;
+
+/// The longest time of an operation that counts as short.
+const LONGEST_USUAL_US: u32 = 250_000;
+
+/// A link and the turns on it.
+#[derive(Debug)]
+pub(super) struct Agent<L> {
+    link: L,
+    /// The hypervisor takes one command of a machine at a time and gives up on one that waits for 30 s; more threads on
+    /// one machine are slower in all. So callers queue here.
+    seats: Mutex<HashMap<VmId, Arc<Seat>>>,
 }
 
-macro_rules! command {
-    ($(#[$doc:meta])* $name:ident, $wire:literal, $effect:ident -> $reply:ty { $($field:ident: $kind:ty),* }) => {
-        $(#[$doc])*
-        #[derive(Debug, Serialize)]
-        #[serde(rename_all = "kebab-case")]
-        pub(crate) struct $name { $(pub(crate) $field: $kind),* }
-
-        impl AgentCommand for $name {
-            const NAME: &'static str = $wire;
-            const EFFECT: Effect = Effect::$effect;
-            type Reply = $reply;
-        }
-    };
-}
-
-command!(Info, "guest-info", None -> InfoReply {});
-command!(OsInfo, "guest-get-osinfo", None -> OsInfoReply {});
-command!(Exec, "guest-exec", Some -> ExecReply {
-    path: &'static str, arg: Vec<String>, input_data: Encoded, capture_output: bool
-});
-command!(
-    /// Not harmless to repeat: a result is given away once.
-    ExecStatus, "guest-exec-status", Some -> StatusReply { pid: i64 }
-);
-command!(FileOpen, "guest-file-open", Some -> i64 { path: String, mode: &'static str });
-command!(FileWrite, "guest-file-write", Some -> WriteReply { handle: i64, buf_b64: Encoded });
-command!(FileRead, "guest-file-read", Some -> ReadReply { handle: i64, count: u64 });
-command!(FileSeek, "guest-file-seek", Some -> serde::de::IgnoredAny { handle: i64, offset: u64, whence: &'static str });
-command!(FileClose, "guest-file-close", Some -> serde::de::IgnoredAny { handle: i64 });
-
-/// Bytes that travel as base64.
+/// One machine.
 #[derive(Debug, Default)]
-pub(crate) struct Encoded(pub(crate) Vec<u8>);
-
-impl Serialize for Encoded {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&STANDARD.encode(&self.0))
-    }
+struct Seat {
+    turn: tokio::sync::Mutex<()>,
+    /// How long a short operation takes there, in microseconds.
+    usual_us: AtomicU32,
 }
 
-impl<'de> Deserialize<'de> for Encoded {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        STANDARD.decode(text.as_bytes()).map(Self).map_err(serde::de::Error::custom)
-    }
-}
-
+/// What the agent says of itself.
 #[derive(Debug, Deserialize)]
-pub(crate) struct InfoReply {
-    pub(crate) version: String,
+pub(super) struct Info {
+    pub(super) version: String,
     #[serde(default)]
-    supported_commands: Vec<Supported>,
+    pub(super) supported_commands: Vec<SupportedCommand>,
 }
 
-impl InfoReply {
-    /// Whether the agent has all these commands and its configuration allows them.
-    pub(crate) fn allows(&self, names: &[&str]) -> bool {
-        names.iter().all(|name| self.supported_commands.iter().any(|known| known.name == *name && known.enabled))
-    }
-}
-
+/// One command of the agent.
 #[derive(Debug, Deserialize)]
-struct Supported {
+pub(super) struct SupportedCommand {
     name: String,
     enabled: bool,
 }
 
+impl Info {
+    pub(super) fn can(&self, commands: &[&str]) -> bool {
+        commands
+            .iter()
+            .all(|name| self.supported_commands.iter().any(|command| command.enabled && command.name == *name))
+    }
+}
+
+/// What the agent says of the guest's system.
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
-pub(crate) struct OsInfoReply {
-    pub(crate) id: String,
-    pub(crate) name: String,
-    pub(crate) pretty_name: String,
+pub(super) struct OsInfo {
+    pub(super) id: String,
+    pub(super) pretty_name: String,
+    pub(super) name: String,
 }
 
-#[derive(Debug, Deserialize)]
-pub(crate) struct ExecReply {
-    pub(crate) pid: i64,
-}
-
+/// How a program of `guest-exec` fares.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(crate) struct StatusReply {
-    pub(crate) exited: bool,
-    pub(crate) exitcode: Option<i32>,
+pub(super) struct ExecStatus {
+    exited: bool,
+    exitcode: Option<i64>,
+    signal: Option<i64>,
     #[serde(default)]
-    pub(crate) out_data: Encoded,
+    out_data: String,
     #[serde(default)]
-    pub(crate) err_data: Encoded,
+    err_data: String,
 }
 
-#[derive(Debug, Deserialize)]
-pub(crate) struct WriteReply {
-    pub(crate) count: usize,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) struct ReadReply {
-    pub(crate) buf_b64: Encoded,
-    pub(crate) eof: bool,
-}
-
-#[derive(Serialize)]
-struct Envelope<'a, C> {
-    execute: &'static str,
-    arguments: &'a C,
-}
-
-#[derive(Deserialize)]
-struct Returned<T> {
-    #[serde(rename = "return")]
-    value: T,
-}
-
-/// One guest's agent.
-#[derive(Clone, Copy)]
-pub(crate) struct Agent<'a> {
-    pub(crate) inner: &'a Inner,
-    pub(crate) vm: VmId,
-}
-
-/// How a command failed: the error for the caller, and what libvirt said.
+/// A program that ended.
 #[derive(Debug)]
-pub(crate) struct Refused {
-    pub(crate) error: Error,
-    pub(crate) failure: Option<Failure>,
+pub(super) struct Exited {
+    /// For people: `exit code 1`, `signal 9`.
+    pub(super) how: String,
+    pub(super) stdout: Bytes,
+    pub(super) stderr: Bytes,
 }
 
-impl From<Refused> for Error {
-    fn from(refused: Refused) -> Self {
-        refused.error
+#[derive(Debug, Deserialize)]
+struct Pid {
+    pid: i64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Written {
+    count: usize,
+}
+
+#[derive(Debug, Deserialize)]
+struct Read {
+    count: usize,
+    #[serde(rename = "buf-b64", default)]
+    buf_b64: String,
+    eof: bool,
+}
+
+/// An open file of the agent's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Handle(i64);
+
+impl<L: AgentLink> Agent<L> {
+    pub(super) fn new(link: L) -> Self {
+        Self { link, seats: Mutex::default() }
     }
-}
 
-impl From<Error> for Refused {
-    fn from(error: Error) -> Self {
-        Self { error, failure: None }
+    /// How long a short operation takes on this machine; nothing when that is not known.
+    pub(super) fn usual(&self, vm: VmId) -> Duration {
+        Duration::from_micros(self.seat(vm).usual_us.load(Ordering::Relaxed).into())
     }
-}
 
-impl Agent<'_> {
-    /// Sends a command and waits for its answer. Commands for one guest go one after the other.
-    pub(crate) async fn send<C: AgentCommand>(&self, command: &C) -> Result<C::Reply, Refused> {
-        let json = serde_json::to_string(&Envelope { execute: C::NAME, arguments: command })
-            .map_err(|error| Error::internal("an agent command cannot be written").with_source(error))?;
-        if json.len() > MAX_MESSAGE_BYTES {
-            return Err(Error::invalid(
-                "command",
-                format_args!(
-                    "is {} bytes as a message to the guest agent, at most {MAX_MESSAGE_BYTES} fit",
-                    json.len()
-                ),
+    /// Learns from one operation: quickly from shorter ones, slowly from longer ones, and nothing from long ones, whose
+    /// time is the command's and not the machine's.
+    pub(super) fn learn(&self, vm: VmId, took: Duration) {
+        let Ok(took) = u32::try_from(took.as_micros()) else { return };
+        let seat = self.seat(vm);
+        let usual = seat.usual_us.load(Ordering::Relaxed);
+        let learnt = match usual {
+            _ if took > LONGEST_USUAL_US => return,
+            0 => took,
+            _ if took < usual => usual - (usual - took) / 2,
+            _ => usual + (took - usual) / 8,
+        };
+        seat.usual_us.store(learnt, Ordering::Relaxed);
+    }
+
+    pub(super) async fn info(&self, vm: VmId) -> Result<Info> {
+        self.call(vm, "guest-info", Value::Null).await
+    }
+
+    pub(super) async fn os_info(&self, vm: VmId) -> Result<OsInfo> {
+        self.call(vm, "guest-get-osinfo", Value::Null).await
+    }
+
+    /// Starts a program that gets `input` on stdin and whose output is kept until it is asked for.
+    pub(super) async fn start(&self, vm: VmId, program: &str, arguments: &[String], input: &[u8]) -> Result<i64> {
+        let started: Pid = self
+            .call(
+                vm,
+                "guest-exec",
+                json!({ "path": program, "arg": arguments, "input-data": BASE64.encode(input), "capture-output": true }),
             )
-            .into());
-        }
-        let patience = self.inner.config.agent_deadline;
-        let timeout_s = i32::try_from(patience.as_secs()).unwrap_or(i32::MAX);
-        let deadline = patience + HANDSHAKE;
-        let machine = self.inner.machine(self.vm);
-        let turn = machine.agent(Instant::now() + deadline).await?;
-        let call = Call {
-            operation: C::NAME,
-            lane: if machine.is_suspect() { Lane::Suspect } else { Lane::Agent },
-            effect: C::EFFECT,
-            deadline,
-        };
-        let uuid = *self.vm.as_uuid();
-        let answered = self.inner.door.call(call, move |connect| {
-            // Held until libvirt lets go, even when nobody waits any more: the agent is busy for as long.
-            let _turn = &turn;
-            Ok(connect.lookup_domain_by_uuid(uuid)?.qemu_agent_command(&json, timeout_s, 0)?)
-        });
-        let reply = match answered.await {
-            Ok(reply) => reply,
-            Err(trouble) => {
-                let refused = self.refused(trouble);
-                let is_silent =
-                    refused.failure.as_ref().is_none_or(|failure| failure.meaning() == Meaning::AgentSilent);
-                machine.set_suspect(is_silent && refused.error.reason() == Some(reason::AGENT_NOT_READY));
-                return Err(refused);
-            }
-        };
-        machine.set_suspect(false);
-        let returned: Returned<C::Reply> = serde_json::from_str(&reply).map_err(|error| {
-            Error::internal(format!("the guest agent's answer to {} makes no sense", C::NAME)).with_source(error)
-        })?;
-        Ok(returned.value)
+            .await?;
+        Ok(started.pid)
     }
 
-    fn refused(&self, trouble: Trouble) -> Refused {
-        let failure = match &trouble {
-            Trouble::Libvirt(failure) => Some(failure.clone()),
-            Trouble::Ours(_) => None,
+    /// Asks for a program's end. The agent tells it once and forgets it.
+    pub(super) async fn status(&self, vm: VmId, pid: i64) -> Result<Option<Exited>> {
+        let status: ExecStatus = self.call(vm, "guest-exec-status", json!({ "pid": pid })).await?;
+        if !status.exited {
+            return Ok(None);
+        }
+        let how = match (status.exitcode, status.signal) {
+            (Some(code), _) => format!("exit code {code}"),
+            (None, Some(signal)) => format!("signal {signal}"),
+            (None, None) => "no exit code".to_owned(),
         };
-        let error = trouble.into_agent_error();
-        // Past our own deadline it is all the same to the caller: the agent does not answer now.
-        let error = if error.kind() == ErrorKind::TimedOut {
-            let retry = error.retry();
-            Error::unavailable("the guest agent does not answer")
-                .with_reason(reason::AGENT_NOT_READY)
-                .with_retry(retry)
-                .with_source(error)
+        Ok(Some(Exited { how, stdout: decode(&status.out_data)?, stderr: decode(&status.err_data)? }))
+    }
+
+    pub(super) async fn open(&self, vm: VmId, path: &str, mode: &str) -> Result<Handle> {
+        self.call(vm, "guest-file-open", json!({ "path": path, "mode": mode })).await.map(Handle)
+    }
+
+    pub(super) async fn close(&self, vm: VmId, handle: Handle) -> Result<()> {
+        self.call::<Value>(vm, "guest-file-close", json!({ "handle": handle.0 })).await.map(drop)
+    }
+
+    pub(super) async fn seek(&self, vm: VmId, handle: Handle, offset: u64) -> Result<()> {
+        let arguments = json!({ "handle": handle.0, "offset": offset, "whence": "set" });
+        self.call::<Value>(vm, "guest-file-seek", arguments).await.map(drop)
+    }
+
+    /// Writes a piece and returns how much of it was written: less is legal.
+    pub(super) async fn write(&self, vm: VmId, handle: Handle, piece: &[u8]) -> Result<usize> {
+        let arguments = json!({ "handle": handle.0, "buf-b64": BASE64.encode(piece) });
+        let written: Written = self.call(vm, "guest-file-write", arguments).await?;
+        match written.count {
+            0 => Err(Error::unavailable("the guest agent wrote nothing of a piece of a file")),
+            count if count > piece.len() => Err(Error::internal("the guest agent wrote more than it was given")),
+            count => Ok(count),
+        }
+    }
+
+    /// Reads at most `count` bytes; `true` beside them at the file's end.
+    pub(super) async fn read(&self, vm: VmId, handle: Handle, count: usize) -> Result<(Bytes, bool)> {
+        let arguments = json!({ "handle": handle.0, "count": count });
+        let read: Read = self.call(vm, "guest-file-read", arguments).await?;
+        let bytes = decode(&read.buf_b64)?;
+        if bytes.len() != read.count || bytes.len() > count {
+            return Err(Error::internal("the guest agent's count of the bytes read is not theirs"));
+        }
+        Ok((bytes, read.eof))
+    }
+
+    async fn call<T: DeserializeOwned>(&self, vm: VmId, command: &'static str, arguments: Value) -> Result<T> {
+        let message = if arguments.is_null() {
+            json!({ "execute": command })
         } else {
-            error
-        };
-        Refused { error: error.on(vm_resource(self.vm)), failure }
-    }
-
-    /// Reads a file from `offset` to its end, at most `limit_bytes` and one: that one tells that there is more.
-    pub(crate) async fn read_file(&self, path: &str, offset: u64, limit_bytes: u64) -> Result<Vec<u8>, Refused> {
-        let handle = self.send(&FileOpen { path: path.to_owned(), mode: "r" }).await?;
-        let read = async {
-            if offset > 0 {
-                self.send(&FileSeek { handle, offset, whence: "set" }).await?;
-            }
-            let mut content = Vec::new();
-            loop {
-                let left = (limit_bytes + 1).saturating_sub(content.len() as u64);
-                if left == 0 {
-                    return Ok(content);
-                }
-                let reply = self.send(&FileRead { handle, count: left.min(READ_BYTES) }).await?;
-                let is_end = reply.eof || reply.buf_b64.0.is_empty();
-                content.extend(reply.buf_b64.0);
-                if is_end {
-                    return Ok(content);
-                }
-            }
-        };
-        let read: Result<_, Refused> = read.await;
-        self.close(handle).await;
-        read
-    }
-
-    /// Writes a file that exists; its mode stays.
-    pub(crate) async fn write_file(&self, path: &str, content: &[u8]) -> Result<(), Refused> {
-        let handle = self.send(&FileOpen { path: path.to_owned(), mode: "w" }).await?;
-        let write = async {
-            let mut rest = content;
-            while !rest.is_empty() {
-                let chunk = rest.get(..rest.len().min(MAX_CONTENT_BYTES)).unwrap_or_default();
-                let reply = self.send(&FileWrite { handle, buf_b64: Encoded(chunk.to_vec()) }).await?;
-                if reply.count == 0 {
-                    return Err(Error::new(ErrorKind::Exhausted, "the guest takes no more of the file").into());
-                }
-                // The agent may write less than it was given.
-                rest = rest.get(reply.count.min(chunk.len())..).unwrap_or_default();
-            }
-            Ok(())
-        };
-        let written: Result<(), Refused> = write.await;
-        let closed = self.send(&FileClose { handle }).await;
-        // What the agent still had in its buffer is written now, or not.
-        written.and(closed.map(drop))
-    }
-
-    async fn close(&self, handle: i64) {
-        if let Err(refused) = self.send(&FileClose { handle }).await {
-            // Handles die with the agent.
-            tracing::debug!(vm = %self.vm, error = %refused.error, "a file stays open in the guest");
+            json!({ "execute": command, "arguments": arguments })
         }
+        .to_string();
+        let seat = self.seat(vm);
+        let answer = {
+            let _turn = tokio::time::timeout(TURN_LIMIT, seat.turn.lock()).await.map_err(|_| {
+                Error::unavailable(format!("other calls kept the guest agent busy for {}", seconds(TURN_LIMIT)))
+                    .with_reason(reason::AGENT_NOT_READY)
+            })?;
+            self.link.command(vm, &message, COMMAND_LIMIT).await.map_err(refusal)?
+        };
+        let mut answer: Value = serde_json::from_str(&answer).map_err(|cause| {
+            Error::internal(format!("{command}: the guest agent's answer is no JSON")).with_source(cause)
+        })?;
+        if let Some(error) = answer.get("error") {
+            let text = error.get("desc").and_then(Value::as_str).unwrap_or("no description");
+            return Err(refusal(Error::internal(format!("{command}: {text}"))));
+        }
+        serde_json::from_value(answer["return"].take()).map_err(|cause| {
+            Error::internal(format!("{command}: the guest agent's answer is not as documented")).with_source(cause)
+        })
+    }
+
+    fn seat(&self, vm: VmId) -> Arc<Seat> {
+        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
+        if seats.len() >= IDLE_SEATS && !seats.contains_key(&vm) {
+            seats.retain(|_, seat| Arc::strong_count(seat) > 1);
+        }
+        Arc::clone(seats.entry(vm).or_default())
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn decode(text: &str) -> Result<Bytes> {
+    BASE64
+        .decode(text)
+        .map(Bytes::from)
+        .map_err(|cause| Error::internal("the guest agent's data is no base64").with_source(cause))
+}
 
-    #[test]
-    fn commands_are_written_as_the_protocol_has_them() {
-        let written = |command: &dyn erased::Written| command.written();
-        assert_eq!(written(&Info {}), r#"{"execute":"guest-info","arguments":{}}"#);
-        let exec =
-            Exec { path: "setsid", arg: vec!["sh".into()], input_data: Encoded(b"hi".to_vec()), capture_output: true };
-        assert_eq!(
-            written(&exec),
-            r#"{"execute":"guest-exec","arguments":{"path":"setsid","arg":["sh"],"input-data":"aGk=","capture-output":true}}"#
-        );
-        let write = FileWrite { handle: 7, buf_b64: Encoded(vec![0, 255]) };
-        assert_eq!(written(&write), r#"{"execute":"guest-file-write","arguments":{"handle":7,"buf-b64":"AP8="}}"#);
+/// Tells a command that the agent's configuration forbids from one that failed.
+fn refusal(error: Error) -> Error {
+    let text = error.message();
+    let disabled = is_refusal(&error)
+        && text.contains("ommand ")
+        && (text.contains("has been disabled") || text.contains("has not been found"));
+    if !disabled {
+        return error;
     }
+    let message = format!("the guest agent's configuration forbids this: {text}");
+    Error::unsupported(message).with_reason(reason::AGENT_COMMAND_DISABLED)
+}
 
-    mod erased {
-        use super::*;
+/// Whether the agent was reached and did not do it, as against not being reached.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    error.reason().is_none() && matches!(error.kind(), ErrorKind::Internal | ErrorKind::Invalid)
+}
 
-        pub(super) trait Written {
-            fn written(&self) -> String;
-        }
+/// Whether the agent, or the way to it, may be back later.
+pub(super) fn is_outage(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut)
+}
 
-        impl<C: AgentCommand> Written for C {
-            fn written(&self) -> String {
-                serde_json::to_string(&Envelope { execute: C::NAME, arguments: self }).unwrap()
-            }
-        }
-    }
-
-    #[test]
-    fn answers_are_read() {
-        let status: Returned<StatusReply> =
-            serde_json::from_str(r#"{"return":{"exitcode":3,"out-data":"aGk=","exited":true,"out-truncated":false}}"#)
-                .unwrap();
-        assert_eq!((status.value.exitcode, status.value.out_data.0.as_slice()), (Some(3), &b"hi"[..]));
-        assert!(status.value.err_data.0.is_empty());
-        let info: Returned<InfoReply> = serde_json::from_str(
-            r#"{"return":{"version":"7.2.22","supported_commands":[
-                {"enabled":true,"name":"guest-exec","success-response":true},
-                {"enabled":false,"name":"guest-file-open","success-response":true}]}}"#,
-        )
-        .unwrap();
-        assert!(info.value.allows(&["guest-exec"]));
-        assert!(!info.value.allows(&["guest-exec", "guest-file-open"]));
-        assert!(!info.value.allows(&["guest-unknown"]));
-        assert!(serde_json::from_str::<Returned<StatusReply>>(r#"{"return":{"exited":true,"out-data":"%"}}"#).is_err());
-    }
-
-    #[test]
-    fn the_largest_content_fits_into_a_message() {
-        let script = super::super::runner::script().len();
-        assert!(MAX_CONTENT_BYTES * 4 / 3 + 2 * script + 4096 < MAX_MESSAGE_BYTES);
-    }
+/// Whether a command surely was not executed.
+pub(super) fn is_untouched(error: &Error) -> bool {
+    error.retry() == Retry::Safe
 }

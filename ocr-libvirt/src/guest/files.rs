@@ -1,163 +1,204 @@
-//! Files: small ones in one command, large ones in pieces, both through a temporary file beside the target.
+//! Files into the guest and out of it.
 
-use std::sync::OnceLock;
-
-use bytes::Bytes;
-use ocr_core::{
-    Deletion, Error, ErrorKind, PutFile, Result, Retry, guest::check_guest_path, guest::check_user_name, id::shown,
-};
+use bytes::{Bytes, BytesMut};
+use ocr_core::{Deletion, Error, ErrorKind, OperationId, PutFile, Result, VmId, guest::check_guest_path, id::shown};
 use sha2::{Digest, Sha256};
-use uuid::Uuid;
+use tokio::time::Instant;
 
 use super::{
-    agent::{Agent, MAX_CONTENT_BYTES},
-    exec::ScriptReply,
-    runner::INLINE_BYTES,
-    script::compact,
+    Again, AgentGuest, AgentLink, Job, MAX_FILE_BYTES, MAX_PAUSE,
+    agent::Agent,
+    check_argument, check_user,
+    runner::{FILE, INLINE_BYTES, unknown_user},
 };
 
-const USUAL_MODE: u32 = 0o644;
-/// Permissions to read and write, which a umask can give; others need a chmod.
-const PLAIN_BITS: u32 = 0o666;
+/// The most that goes into the guest in one message, in bytes. libvirt loses count of a message that does not fit into
+/// its socket's buffer (some 200 KB on usual settings) and the channel is then broken for a while.
+const PIECE_BYTES: usize = 48 << 10;
 
-macro_rules! script {
-    ($file:literal) => {{
-        static SCRIPT: OnceLock<String> = OnceLock::new();
-        SCRIPT.get_or_init(|| compact(include_str!($file))).as_str()
-    }};
+/// The most that is read in one message: below libvirt's 4 MiB, and small enough that others have their turn.
+const READ_BYTES: usize = 512 << 10;
+
+/// How often a content is sent that arrives damaged.
+const MAX_TRIES: u32 = 3;
+
+impl<L: AgentLink> AgentGuest<L> {
+    /// Brings what is too big for one message into the guest, into a file for root alone; the runner removes it.
+    /// Nothing and `None` when it is small.
+    pub(super) async fn stage(&self, vm: VmId, content: &[u8], until: Instant) -> Result<Option<String>> {
+        if content.len() <= PIECE_BYTES {
+            return Ok(None);
+        }
+        let mut again = Again::default();
+        loop {
+            let name = OperationId::random().to_string();
+            let arguments = |_| vec!["stage".to_owned(), self.config.base.clone(), name.clone()];
+            let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
+            match reply.state() {
+                "ok" => {}
+                "fail" => return Err(reply.failure()),
+                _ => return Err(reply.senseless()),
+            }
+            let path = format!("{}/in/{name}", self.config.base);
+            match write(&self.agent, vm, &path, content).await {
+                Ok(()) => return Ok(Some(path)),
+                Err(error) if again.may(&error, until) => {
+                    // What is left of it is swept by its age.
+                    tracing::debug!(%vm, %error, "lost an open file in the guest, writing again");
+                    tokio::time::sleep(MAX_PAUSE).await;
+                }
+                Err(error) => {
+                    let _ = self.remove_inner(vm, &path).await;
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    pub(super) async fn put_inner(&self, vm: VmId, file: &PutFile) -> Result<()> {
+        check_guest_path(&file.path)?;
+        check_argument("path", &file.path)?;
+        if let Some(owner) = &file.owner {
+            check_user(owner, "owner")?;
+        }
+        let mode = file.mode.unwrap_or(0o644);
+        if mode > 0o7777 {
+            return Err(Error::invalid("mode", format_args!("wants permission bits up to 7777, got {mode:o}")));
+        }
+        if file.content.len() as u64 > MAX_FILE_BYTES {
+            return Err(Error::invalid("content", format_args!("must not be over {MAX_FILE_BYTES} bytes")));
+        }
+        let until = Instant::now() + self.transfer_limit(file.content.len() as u64);
+        let digest = Sha256::digest(&file.content);
+        let digest: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = OperationId::random().to_string();
+        let mut tries = 0;
+        let reply = loop {
+            let staged = self.stage(vm, &file.content, until).await?;
+            let arguments = |_| {
+                vec![
+                    "put".to_owned(),
+                    self.config.base.clone(),
+                    file.path.clone(),
+                    staged.clone().unwrap_or_default(),
+                    digest.clone(),
+                    format!("{mode:o}"),
+                    file.owner.clone().unwrap_or_default(),
+                    u8::from(file.make_parents).to_string(),
+                    id.clone(),
+                ]
+            };
+            let content: &[u8] = if staged.is_some() { &[] } else { &file.content };
+            let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, content).await?;
+            tries += 1;
+            if reply.state() != "again" || tries == MAX_TRIES || Instant::now() >= until {
+                break reply;
+            }
+        };
+        match reply.state() {
+            "ok" => Ok(()),
+            "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(&file.path)))),
+            "noparent" => Err(Error::not_found(format!("the guest has no folder for {}", shown(&file.path)))),
+            "noowner" => Err(unknown_user("owner", file.owner.as_deref().unwrap_or_default())),
+            "again" => Err(Error::unavailable("the content that reached the guest has another digest")),
+            "fail" => Err(reply.failure()),
+            _ => Err(reply.senseless()),
+        }
+    }
+
+    pub(super) async fn get_inner(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
+        check_guest_path(path)?;
+        check_argument("path", path)?;
+        let limit_bytes = limit_bytes.min(MAX_FILE_BYTES);
+        let until = Instant::now() + self.transfer_limit(limit_bytes);
+        let arguments = |_| {
+            vec![
+                "get".to_owned(),
+                self.config.base.clone(),
+                path.to_owned(),
+                limit_bytes.to_string(),
+                INLINE_BYTES.to_string(),
+            ]
+        };
+        let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
+        match reply.state() {
+            "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
+            "file" => Err(Error::unavailable("the file became shorter while it was read")),
+            // By one handle, so what comes is one file, whichever has the name by now.
+            "large" => {
+                let content = self.read_from(vm, path, 0, limit_bytes as usize + 1, until).await?;
+                if content.len() as u64 > limit_bytes { Err(over(path, limit_bytes)) } else { Ok(content) }
+            }
+            "over" => Err(over(path, limit_bytes)),
+            "missing" => Err(Error::not_found(format!("the guest has no file {}", shown(path)))),
+            "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(path)))),
+            "special" => Err(Error::invalid("path", format_args!("{} is no regular file in the guest", shown(path)))),
+            "fail" => Err(reply.failure()),
+            _ => Err(reply.senseless()),
+        }
+    }
+
+    pub(super) async fn remove_inner(&self, vm: VmId, path: &str) -> Result<Deletion> {
+        check_guest_path(path)?;
+        check_argument("path", path)?;
+        let until = Instant::now() + self.transfer_limit(0);
+        let arguments = |_| vec!["remove".to_owned(), self.config.base.clone(), path.to_owned()];
+        let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
+        match reply.state() {
+            "ok" => Ok(Deletion::Deleted),
+            "missing" => Ok(Deletion::AlreadyGone),
+            "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(path)))),
+            "fail" => Err(reply.failure()),
+            _ => Err(reply.senseless()),
+        }
+    }
 }
 
-/// [`ocr_core::GuestExec::put_file`].
-pub(crate) async fn put(agent: Agent<'_>, file: &PutFile, max_bytes: u64) -> Result<()> {
-    check_guest_path(&file.path)?;
-    if let Some(owner) = &file.owner {
-        check_user_name(owner)?;
-    }
-    let mode = file.mode.unwrap_or(USUAL_MODE);
-    if mode > 0o7777 {
-        return Err(Error::invalid("mode", format_args!("wants permission bits up to 7777 octal, got {mode:o}")));
-    }
-    if file.content.len() as u64 > max_bytes {
-        return Err(Error::new(
-            ErrorKind::Exhausted,
-            format!("{} is {} bytes, at most {max_bytes} can be copied", shown(&file.path), file.content.len()),
-        ));
-    }
-    let is_small = file.content.len() <= MAX_CONTENT_BYTES;
-    let put = Put::new(file, mode);
-    let outcome = async {
-        if is_small {
-            return put.step(agent, "whole", file.content.to_vec()).await;
+/// Writes a file that is there, from its beginning.
+async fn write<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, content: &[u8]) -> Result<()> {
+    let handle = agent.open(vm, path, "r+").await?;
+    let result = async {
+        let mut rest = content;
+        while !rest.is_empty() {
+            let count = agent.write(vm, handle, &rest[..rest.len().min(PIECE_BYTES)]).await?;
+            rest = &rest[count..];
         }
-        put.step(agent, "begin", Vec::new()).await?;
-        agent.write_file(&put.temp, &file.content).await?;
-        put.step(agent, "end", Vec::new()).await
+        Ok(())
     };
-    outcome.await
+    let result = result.await;
+    // The agent buffers: an error may show only here.
+    let closed = agent.close(vm, handle).await;
+    result.and(closed)
 }
 
-struct Put<'a> {
-    file: &'a PutFile,
-    mode: u32,
-    temp: String,
-    sum: String,
+fn over(path: &str, limit_bytes: u64) -> Error {
+    Error::new(ErrorKind::Exhausted, format!("{} is larger than the limit of {limit_bytes} bytes", shown(path)))
 }
 
-impl<'a> Put<'a> {
-    fn new(file: &'a PutFile, mode: u32) -> Self {
-        let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
-        let mark: String = Sha256::digest(file.path.as_bytes()).iter().take(4).map(|b| format!("{b:02x}")).collect();
-        let fresh = Uuid::new_v4().simple().to_string();
-        Self {
-            file,
-            mode,
-            temp: format!("{folder}/.ocr-{mark}-{}", &fresh[..8]),
-            sum: Sha256::digest(&file.content).iter().map(|byte| format!("{byte:02x}")).collect(),
+/// Reads at most `count` bytes from `offset` on; less when the file ends before.
+pub(super) async fn read<L: AgentLink>(
+    agent: &Agent<L>,
+    vm: VmId,
+    path: &str,
+    offset: u64,
+    count: usize,
+) -> Result<Bytes> {
+    let handle = agent.open(vm, path, "r").await?;
+    let result = async {
+        if offset > 0 {
+            agent.seek(vm, handle, offset).await?;
         }
-    }
-
-    async fn step(&self, agent: Agent<'_>, phase: &str, input: Vec<u8>) -> Result<()> {
-        let is_plain = self.mode & !PLAIN_BITS == 0 && phase == "whole";
-        let mask = if is_plain { PLAIN_BITS & !self.mode } else { 0o077 };
-        let arguments = [
-            phase.to_owned(),
-            self.file.path.clone(),
-            self.temp.clone(),
-            format!("{mask:03o}"),
-            if is_plain { String::new() } else { format!("{:o}", self.mode) },
-            self.file.owner.clone().unwrap_or_default(),
-            if self.file.make_parents { "1" } else { "0" }.to_owned(),
-            self.sum.clone(),
-        ];
-        let reply = agent.script(script!("put.sh"), &arguments, input).await?;
-        self.read(reply)
-    }
-
-    fn read(&self, reply: ScriptReply) -> Result<()> {
-        let path = shown(&self.file.path);
-        let ScriptReply { word, complaint, .. } = reply;
-        Err(match word.as_str() {
-            "done" => return Ok(()),
-            "folder" => Error::new(ErrorKind::Conflict, format!("{path} is a folder in the guest")),
-            "noparent" => Error::not_found(format!("the folder of {path} does not exist in the guest")),
-            "nouser" => {
-                let owner = self.file.owner.as_deref().unwrap_or_default();
-                Error::invalid("owner", format_args!("the guest has no account {}", shown(owner)))
+        let mut content = BytesMut::new();
+        while content.len() < count {
+            let (bytes, eof) = agent.read(vm, handle, READ_BYTES.min(count - content.len())).await?;
+            content.extend_from_slice(&bytes);
+            if eof {
+                break;
             }
-            "digest" => {
-                Error::unavailable(format!("{path} did not arrive whole; nothing was changed")).with_retry(Retry::Safe)
-            }
-            _ if complaint.contains("No space left") => {
-                Error::new(ErrorKind::Exhausted, format!("the guest's disk is full; {path} is as it was"))
-            }
-            "mkdir" | "write" | "chown" | "chmod" | "rename" => {
-                Error::new(ErrorKind::Conflict, format!("{path} cannot be written in the guest: {complaint}"))
-            }
-            other => Error::internal(format!("the guest answers {} to a copy: {complaint}", shown(other))),
-        })
-    }
-}
-
-/// [`ocr_core::GuestExec::get_file`].
-pub(crate) async fn get(agent: Agent<'_>, path: &str, limit_bytes: u64) -> Result<Bytes> {
-    check_guest_path(path)?;
-    let first_bytes = limit_bytes.min(INLINE_BYTES);
-    let arguments = [path.to_owned(), (first_bytes + 1).to_string()];
-    let reply = agent.script(script!("get.sh"), &arguments, Vec::new()).await?;
-    let mut content = match reply.word.as_str() {
-        "file" => reply.bytes,
-        "missing" => return Err(Error::not_found(format!("the guest has no file {}", shown(path)))),
-        "folder" => return Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(path)))),
-        "special" => return Err(Error::invalid("path", format_args!("{} is no plain file in the guest", shown(path)))),
-        other => {
-            return Err(Error::new(
-                ErrorKind::Conflict,
-                format!("{} cannot be read in the guest ({other}): {}", shown(path), reply.complaint),
-            ));
         }
+        Ok(content.freeze())
     };
-    if content.len() as u64 > first_bytes && first_bytes < limit_bytes {
-        let have = content.len() as u64;
-        content.extend(agent.read_file(path, have, limit_bytes - have).await?);
-    }
-    if content.len() as u64 > limit_bytes {
-        let why = format!("{} is larger than the limit of {limit_bytes} bytes", shown(path));
-        return Err(Error::new(ErrorKind::Exhausted, why));
-    }
-    Ok(content.into())
-}
-
-/// [`ocr_core::GuestExec::remove_file`].
-pub(crate) async fn remove(agent: Agent<'_>, path: &str) -> Result<Deletion> {
-    check_guest_path(path)?;
-    let reply = agent.script(script!("remove.sh"), &[path.to_owned()], Vec::new()).await?;
-    match reply.word.as_str() {
-        "done" => Ok(Deletion::Deleted),
-        "missing" => Ok(Deletion::AlreadyGone),
-        "folder" => Err(Error::invalid("path", format_args!("{} is a folder in the guest", shown(path)))),
-        _ => Err(Error::new(
-            ErrorKind::Conflict,
-            format!("{} cannot be removed in the guest: {}", shown(path), reply.complaint),
-        )),
-    }
+    let result = result.await;
+    let _ = agent.close(vm, handle).await;
+    result
 }

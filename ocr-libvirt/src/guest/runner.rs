@@ -1,164 +1,239 @@
-//! What the in-guest runner is told and what it answers. The runner itself is `run.sh`.
-//!
-//! The runner is the agent's child, in a session of its own, so that it outlives the agent. It makes a lock file named
-//! after the operation; whoever makes it runs the command, whoever finds it waits for that one's result. Results are
-//! files, so they outlive the agent too, and an operation of an earlier boot is known by the boot's id in its lock.
-//!
-//! Environment, command and stdin come through the runner's stdin, never as arguments: arguments are seen by every
-//! user of the guest. For the same reason the command's own shell reads them from a pipe.
+//! The host's half of `runner.sh`: what goes in, what comes out.
 
-use std::sync::OnceLock;
+use std::sync::LazyLock;
 
-use ocr_core::{Command, ExecRequest};
+use bytes::Bytes;
+use ocr_core::{
+    Command, Error, ErrorKind, ExecRequest, Result,
+    error::{reason, seconds},
+    id::shown,
+};
 
-use super::script::{answer, compact, quote};
+use super::agent::Exited;
 
-/// Of each output so much comes with the runner's answer.
-pub(crate) const INLINE_BYTES: u64 = 256 << 10;
-/// A longer header is not read byte by byte.
-const LONG_HEADER_BYTES: usize = 2048;
-
-/// The runner's script.
-pub(crate) fn script() -> &'static str {
-    static SCRIPT: OnceLock<String> = OnceLock::new();
-    SCRIPT.get_or_init(|| compact(include_str!("run.sh")))
+/// A script of the guest's half.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Script {
+    /// What it is called in the guest's list of processes.
+    pub(super) name: &'static str,
+    text: &'static LazyLock<String>,
 }
 
-/// A run, ready to be sent.
-pub(crate) struct Run {
-    /// The runner's arguments.
-    pub(crate) arguments: Vec<String>,
-    /// What it reads from stdin, or from the staged file.
-    pub(crate) input: Vec<u8>,
-    /// The path of the operation's files, without their suffix.
-    pub(crate) files: String,
-    /// The most of each output that comes with the answer; one more means that there is more.
-    pub(crate) inline_bytes: u64,
+/// Runs commands.
+pub(super) const RUN: Script = Script { name: "ocr-run", text: &RUN_TEXT };
+
+/// Moves files.
+pub(super) const FILE: Script = Script { name: "ocr-file", text: &FILE_TEXT };
+
+static RUN_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("runner.sh")));
+static FILE_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("files.sh")));
+
+/// A script without comments and indentation: they cost time on the way into the guest.
+fn stripped(script: &str) -> String {
+    let lines = script.lines().map(str::trim_start).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.flat_map(|line| [line, "\n"]).collect()
 }
 
-impl Run {
-    /// `limit_bytes` is kept of each output; with `staged` the input is in a file already.
-    pub(crate) fn new(request: &ExecRequest, folder: &str, limit_bytes: u64, staged: bool, prune: bool) -> Self {
-        let header = header(request);
-        let long = if header.len() > LONG_HEADER_BYTES { header.len() } else { 0 };
-        let inline_bytes = limit_bytes.min(INLINE_BYTES);
-        let flag = |is_set: bool| if is_set { "1" } else { "0" }.to_owned();
-        let mut input = header.into_bytes();
-        input.push(b'\n');
-        input.extend_from_slice(&request.stdin);
-        Self {
-            arguments: vec![
-                folder.to_owned(),
-                request.operation.to_string(),
-                request.deadline.as_millis().div_ceil(10).to_string(),
-                limit_bytes.to_string(),
-                (inline_bytes + 1).to_string(),
-                long.to_string(),
-                request.stdin.len().to_string(),
-                request.user.clone().unwrap_or_default(),
-                flag(staged),
-                flag(prune),
-            ],
-            input,
-            files: format!("{folder}/{}", request.operation),
-            inline_bytes,
+impl Script {
+    pub(super) fn text(self) -> String {
+        self.text.to_string()
+    }
+}
+
+/// Ends a request that comes without stdin, so that the runner knows that it is whole.
+const END_MARK: &str = "#ocr";
+
+/// So much of each output comes back in the same message as the exit code, and one byte more when there is more.
+/// As base64 both are far below the 4 MiB that a reply may have on its way through libvirt.
+pub(super) const INLINE_BYTES: usize = 512 << 10;
+
+/// Variables that some shell keeps for itself: an assignment ends it, or is lost.
+const SHELL_VARIABLES: [&str; 9] =
+    ["_", "BASHOPTS", "BASH_VERSINFO", "EUID", "LINENO", "OPTIND", "PPID", "SHELLOPTS", "UID"];
+
+/// What the runner gets on stdin, or in a staged file.
+#[derive(Debug)]
+pub(super) struct Input {
+    pub(super) bytes: Vec<u8>,
+    /// How long the shell text at its beginning is; the command's stdin follows.
+    pub(super) head_bytes: usize,
+    /// How long both are, without the end mark.
+    pub(super) total_bytes: usize,
+}
+
+impl Input {
+    /// The request as shell text, with its stdin behind.
+    pub(super) fn of(request: &ExecRequest) -> Result<Self> {
+        // What the runner itself used must not be seen by the command.
+        let mut text = "set --;exec 4>&-;".to_owned();
+        for (name, value) in &request.environment {
+            if SHELL_VARIABLES.contains(&name.as_str()) {
+                return Err(Error::invalid("environment", format_args!("{name} belongs to the guest's shell")));
+            }
+            text.push_str("export ");
+            text.push_str(name);
+            text.push('=');
+            quote(&mut text, value);
+            text.push(';');
         }
-    }
-}
-
-/// The line of shell that the command's own shell evaluates.
-fn header(request: &ExecRequest) -> String {
-    let mut line = String::new();
-    for (name, value) in &request.environment {
-        line.push_str(&format!("export {name}={};", quote(value)));
-    }
-    match &request.command {
-        Command::Argv(argv) => {
-            line.push_str("exec");
-            for word in argv {
-                line.push(' ');
-                line.push_str(&quote(word));
+        match &request.command {
+            Command::Shell(line) => text.push_str(line),
+            Command::Argv(argv) => {
+                text.push_str("exec");
+                // Not always: old shells take it for the program.
+                if argv.first().is_some_and(|program| program.starts_with('-')) {
+                    text.push_str(" --");
+                }
+                for argument in argv {
+                    text.push(' ');
+                    quote(&mut text, argument);
+                }
             }
         }
-        // In a shell that is as fresh as the one of `sh -c` is.
-        Command::Shell(text) => line.push_str(&format!("eval {}", quote(&format!("unset ocr_h ocr_nl\n{text}")))),
-    }
-    line
-}
-
-/// What became of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// It ended by itself.
-    Exit(i32),
-    /// It was ended at its deadline.
-    Late,
-    /// There is no such user; nothing ran.
-    NoUser,
-    /// The input did not arrive whole; nothing ran.
-    Garbled,
-    /// The guest's disk is full; nothing ran.
-    Full,
-    /// The guest rebooted while it ran.
-    Rebooted,
-    /// It was ended from outside, without a result.
-    Lost,
-    /// It ran, and its output is no longer kept.
-    Forgotten,
-}
-
-/// A runner's answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Answer<'a> {
-    pub(crate) verdict: Verdict,
-    /// Whether the rest of stdout, and of stderr, was let go.
-    pub(crate) cut: [bool; 2],
-    /// The beginning of stdout.
-    pub(crate) stdout: &'a [u8],
-}
-
-impl<'a> Answer<'a> {
-    pub(crate) fn parse(stdout: &'a [u8]) -> Option<Self> {
-        let (words, stdout) = answer(stdout)?;
-        let (verdict, rest) = match words.as_slice() {
-            ["exit", code, rest @ ..] => (Verdict::Exit(code.parse().ok()?), rest),
-            ["late", rest @ ..] => (Verdict::Late, rest),
-            ["nouser"] => (Verdict::NoUser, &[][..]),
-            ["garbled"] => (Verdict::Garbled, &[][..]),
-            ["full"] => (Verdict::Full, &[][..]),
-            ["rebooted"] => (Verdict::Rebooted, &[][..]),
-            ["lost"] => (Verdict::Lost, &[][..]),
-            ["forgotten"] => (Verdict::Forgotten, &[][..]),
-            _ => return None,
-        };
-        let cut = |index: usize| rest.get(index) == Some(&"cut");
-        Some(Self { verdict, cut: [cut(0), cut(1)], stdout })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn answers_are_read() {
-        let read = |text: &'static str| Answer::parse(text.as_bytes());
-        let exit = read("ocr1 exit 7 all cut\nout").unwrap();
-        assert_eq!((exit.verdict, exit.cut, exit.stdout), (Verdict::Exit(7), [false, true], &b"out"[..]));
-        assert_eq!(read("ocr1 late all all\n").unwrap().verdict, Verdict::Late);
-        assert_eq!(read("ocr1 nouser\n").unwrap().verdict, Verdict::NoUser);
-        for none in ["", "ocr1 exit x all all\n", "ocr1 what\n", "exit 0\n"] {
-            assert_eq!(read(none), None, "{none}");
+        let head_bytes = text.len();
+        let total_bytes = head_bytes + request.stdin.len();
+        if request.stdin.is_empty() {
+            text.push_str(END_MARK);
         }
+        let mut bytes = text.into_bytes();
+        bytes.extend_from_slice(&request.stdin);
+        Ok(Self { bytes, head_bytes, total_bytes })
     }
 
-    #[test]
-    fn secrets_are_not_arguments() {
-        let mut request = ExecRequest::shell("echo hunter2");
-        request.environment.insert("PASSWORD".into(), "hunter2".into());
-        request.stdin = bytes::Bytes::from_static(b"hunter2");
-        let run = Run::new(&request, "/var/lib/ocr/ops", 100, false, false);
-        assert!(!run.arguments.concat().contains("hunter2"));
-        assert_eq!(run.arguments.len(), 10);
+    /// Without the end mark, as a staged file wants it.
+    pub(super) fn staged(&self) -> &[u8] {
+        &self.bytes[..self.total_bytes]
     }
+}
+
+/// Adds a text as one word in which a shell sees nothing but letters.
+fn quote(line: &mut String, text: &str) {
+    line.push('\'');
+    line.push_str(&text.replace('\'', r"'\''"));
+    line.push('\'');
+}
+
+/// What the runner answered: the words after `ocr1`, what follows that line, and what came by stderr.
+#[derive(Debug)]
+pub(super) struct Reply {
+    words: Vec<String>,
+    pub(super) body: Bytes,
+    pub(super) beside: Bytes,
+}
+
+impl Reply {
+    /// `None` when the runner did not get to its answer.
+    pub(super) fn of(exited: &Exited) -> Option<Self> {
+        let end = exited.stdout.iter().position(|byte| *byte == b'\n')?;
+        let line = String::from_utf8_lossy(&exited.stdout[..end]);
+        let words = line.strip_prefix("ocr1 ")?.split(' ').map(str::to_owned).collect();
+        Some(Self { words, body: exited.stdout.slice(end + 1..), beside: exited.stderr.clone() })
+    }
+
+    pub(super) fn state(&self) -> &str {
+        &self.words[0]
+    }
+
+    /// The text after the state, such as a program's complaint.
+    pub(super) fn text(&self) -> String {
+        self.words[1..].join(" ")
+    }
+
+    /// The number at this place after the state.
+    pub(super) fn number(&self, place: usize) -> Result<u64> {
+        let number = self.words.get(place + 1).and_then(|word| word.parse().ok());
+        number.ok_or_else(|| self.senseless())
+    }
+
+    /// The error for an answer that this version of the runner does not give.
+    pub(super) fn senseless(&self) -> Error {
+        Error::internal(format!(
+            "the runner in the guest gave an answer that makes no sense: {}",
+            shown(&self.words.join(" "))
+        ))
+    }
+
+    /// The error for `fail`: a program of the guest could not do its work.
+    pub(super) fn failure(&self) -> Error {
+        let text = self.text();
+        let has = |parts: &[&str]| parts.iter().any(|part| text.contains(part));
+        let kind = if has(&["No space left", "uota exceeded"]) {
+            ErrorKind::Exhausted
+        } else if has(&["ermission denied", "not permitted", "Read-only"]) {
+            ErrorKind::Denied
+        } else if has(&["Not a directory", "File exists", "too long"]) {
+            ErrorKind::Invalid
+        } else {
+            ErrorKind::Internal
+        };
+        Error::new(kind, format!("the guest could not do it: {}", shown(text.trim())))
+    }
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) exit_code: i32,
+    pub(super) stdout: Output,
+    pub(super) stderr: Output,
+}
+
+/// What came back of an output.
+#[derive(Debug)]
+pub(super) struct Output {
+    pub(super) begin: Bytes,
+    /// Whether there is more in the file.
+    pub(super) more: bool,
+    /// Whether the runner cut it, at the request's limit.
+    pub(super) cut: bool,
+}
+
+impl Output {
+    fn of(begin: &Bytes, cut: bool) -> Self {
+        Self { begin: begin.clone(), more: begin.len() > INLINE_BYTES, cut }
+    }
+}
+
+/// Reads the answer to `exec`.
+///
+/// # Errors
+/// Whatever means that there is no result, now or ever.
+pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
+    use ocr_core::Retry::{Ambiguous, Never};
+    match reply.state() {
+        "done" => Ok(Ended {
+            exit_code: i32::try_from(reply.number(0)?).map_err(|_| reply.senseless())?,
+            stdout: Output::of(&reply.body, reply.number(1)? == 1),
+            stderr: Output::of(&reply.beside, reply.number(2)? == 1),
+        }),
+        "late" => Err(Error::timed_out(format!(
+            "the command did not end in {} and was ended, with its children",
+            seconds(request.deadline)
+        ))
+        .with_retry(Never)),
+        "refused" => {
+            let text = String::from_utf8_lossy(&reply.beside);
+            Err(Error::new(
+                ErrorKind::Denied,
+                format!("the guest does not let this user run commands: {}", shown(text.trim())),
+            ))
+        }
+        "nouser" => Err(unknown_user("username", request.user.as_deref().unwrap_or_default())),
+        "rebooted" => Err(Error::unavailable(
+            "the guest rebooted while the command ran; it is not known how far it came, and it is not run again",
+        )
+        .with_reason(reason::AGENT_NOT_READY)
+        .with_retry(Ambiguous)),
+        "died" => Err(Error::unavailable(
+            "the guest ended the runner while the command ran; it is not known how far it came, and it is not run again",
+        )
+        .with_retry(Ambiguous)),
+        "fail" => Err(reply.failure()),
+        _ => Err(reply.senseless()),
+    }
+}
+
+/// The error for a user that the guest does not have.
+pub(super) fn unknown_user(field: &str, user: &str) -> Error {
+    Error::invalid(field, format_args!("the guest has no account {}", shown(user)))
 }

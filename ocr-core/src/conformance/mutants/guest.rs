@@ -6,8 +6,8 @@ use bytes::Bytes;
 
 use super::{World, invented, mutants, swap};
 use crate::{
-    Command, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestExec, GuestExecExt, GuestInfo, OperationId,
-    PutFile, Result, VmId,
+    Command, ComputeBackend, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestExec, GuestExecExt, GuestInfo,
+    OperationId, PutFile, Result, Retry, VmId,
     error::reason,
     memory::{AgentMode, MemoryCloud},
 };
@@ -24,6 +24,13 @@ fn reasoned<T>(result: Result<T>, from: &str, to: Option<&'static str>) -> Resul
             None => bare,
         }
     })
+}
+
+/// Another error in place of "not ready"; not for the guest that all cases share, which must come up.
+async fn instead<T>(w: World, vm: VmId, result: Result<T>, instead: fn(Error) -> Error) -> Result<T> {
+    let shared = w.cloud().get_vm(vm).await.is_ok_and(|vm| vm.name.as_str().ends_with("-guest"));
+    let wrong = |error: &Error| !shared && error.reason() == Some(reason::AGENT_NOT_READY);
+    result.map_err(|error| if wrong(&error) { instead(error) } else { error })
 }
 
 async fn is_folder(cloud: &MemoryCloud, vm: VmId, path: &str) -> bool {
@@ -48,6 +55,28 @@ async fn bend(w: World, vm: VmId, request: ExecRequest, bend: fn(&mut ExecOutput
 mutants! { Guest
     "a machine that is gone has no reason" fails [guest_info_missing guest_gone_everywhere] {
         guest_info: |w, vm| reasoned(w.cloud().guest_info(vm).await, reason::GUEST_GONE, None)
+    }
+    "a guest that boots is not running" fails [guest_booting guest_rebooted] {
+        guest_info: |w, vm| {
+            let result = w.cloud().guest_info(vm).await;
+            instead(w, vm, result, |error| {
+                Error::new(ErrorKind::Conflict, error.message()).with_reason(reason::GUEST_NOT_RUNNING)
+            }).await
+        }
+    }
+    "a guest that boots cannot be asked again" fails [guest_booting] {
+        guest_info: |w, vm| {
+            let result = w.cloud().guest_info(vm).await;
+            instead(w, vm, result, |error| error.with_retry(Retry::Ambiguous)).await
+        }
+    }
+    "a guest that reboots has no agent" fails [guest_rebooted] {
+        exec: |w, (vm, request)| {
+            let result = w.cloud().exec(vm, &request).await;
+            instead(w, vm, result, |error| {
+                Error::new(ErrorKind::Unsupported, error.message()).with_reason(reason::AGENT_ABSENT)
+            }).await
+        }
     }
     "a machine that is gone may come again" fails [guest_gone_everywhere] {
         exec: |w, (vm, request)| {

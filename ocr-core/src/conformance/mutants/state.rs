@@ -288,7 +288,7 @@ mutants! { State
     "a prefix's case is ignored" fails [state_list_prefix] {
         list: |w, (prefix, after, limit)| {
             // Only what is read in one go can be filtered here.
-            if limit < 100 || limit > MAX_PAGE {
+            if !(100..=MAX_PAGE).contains(&limit) {
                 return w.state().list(&prefix, after.as_ref(), limit).await;
             }
             let folder = &prefix[..prefix.rfind('/').map_or(0, |at| at + 1)];

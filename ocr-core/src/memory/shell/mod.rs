@@ -2,14 +2,14 @@
 //!
 //! What it knows:
 //! - words with `'..'`, `".."`, `\`, `$VAR`, `${VAR}`, `${VAR:-word}`, `${VAR:+word}`, `${#VAR}`, `$?`, `$0` to `$9`, `$#`,
-//!   `$@`, `$(...)`, `$((...))`, comments; unquoted values are split at white space;
+//!   `$@`, `$(...)`, `$((...))`, comments; unquoted values are split at white space; file names with `*` and `?`;
 //! - `;`, line ends, `&&`, `||`, `!`, pipes, `( )`, `{ }`, `if`, `while`, `until`, `for`, `case`, assignments;
 //! - `<`, `<<`, `>`, `>>`, `2>`, `2>&1`, `>&2`;
 //! - `cd`, `export`, `unset`, `set -e -u`, `read`, `shift`, `exit`, `break`, `continue`, `.`, `eval`, `command`, `exec`, and
 //!   the programs in [`programs::NAMES`], which also lie in the guest's `/bin`; scripts in the guest's files.
 //!
-//! What it does not: background jobs, functions, file name patterns, `$$`, file descriptors over 2. What it does not know
-//! is a syntax error (exit code 2), never silently something else. A pipe's commands run one after another.
+//! What it does not: background jobs, functions, backquotes, `[a-z]` in patterns, `$$`, file descriptors over 2. What it
+//! does not know is a syntax error (exit code 2), never silently something else. A pipe's commands run one after another.
 
 mod parse;
 pub(super) mod programs;
@@ -834,6 +834,7 @@ impl Shell {
     async fn expand(&mut self, word: &Word) -> Step<Vec<String>> {
         let mut fields: Vec<String> = Vec::new();
         let mut open = false;
+        let mut pattern = Vec::new();
         for (index, part) in word.0.iter().enumerate() {
             if let Part::Variable { name, change: None, quoted: true } = part
                 && name == "@"
@@ -853,6 +854,7 @@ impl Shell {
                 continue;
             }
             let (text, split) = self.part(part).await?;
+            glob(&mut pattern, &text, split || matches!(part, Part::Plain(_)));
             if !split {
                 match fields.last_mut().filter(|_| open) {
                     Some(last) => last.push_str(&text),
@@ -875,7 +877,51 @@ impl Shell {
                 open = true;
             }
         }
+        if fields.len() == 1 && pattern.iter().any(|glob| !matches!(glob, Glob::Exactly(_))) {
+            let found = self.files(&pattern);
+            // A pattern that nothing matches stands for itself.
+            return Ok(if found.is_empty() { fields } else { found });
+        }
         Ok(fields)
+    }
+
+    /// The files that a pattern stands for, in order.
+    fn files(&self, pattern: &[Glob]) -> Vec<String> {
+        let slash = |glob: &Glob| matches!(glob, Glob::Exactly('/'));
+        let mut found = vec![String::new()];
+        for part in pattern.split_inclusive(slash) {
+            let (name, slash) = match part.split_last() {
+                Some((Glob::Exactly('/'), name)) => (name, "/"),
+                _ => (part, ""),
+            };
+            let plain: Option<String> =
+                name.iter().map(|glob| if let Glob::Exactly(c) = glob { Some(*c) } else { None }).collect();
+            found = found
+                .into_iter()
+                .flat_map(|before| match &plain {
+                    Some(plain) => vec![format!("{before}{plain}{slash}")],
+                    None => {
+                        self.names(&before, name).into_iter().map(|name| format!("{before}{name}{slash}")).collect()
+                    }
+                })
+                .collect();
+        }
+        let there = |path: &String| {
+            let path = resolve(&self.folder, path);
+            self.process.look(|tree| tree.look(&path).is_some()).unwrap_or(false)
+        };
+        found.retain(there);
+        found
+    }
+
+    /// The names in a folder that match; hidden ones only when asked for by their dot.
+    fn names(&self, folder: &str, pattern: &[Glob]) -> Vec<String> {
+        let path = resolve(&self.folder, if folder.is_empty() { "." } else { folder });
+        let names = self.process.look(|tree| tree.names(&self.user, &path)).unwrap_or(Err(Fail::Missing));
+        let dot = matches!(pattern.first(), Some(Glob::Exactly('.')));
+        let fits =
+            |name: &String| (dot || !name.starts_with('.')) && matches(pattern, &name.chars().collect::<Vec<_>>());
+        names.unwrap_or_default().into_iter().filter(fits).collect()
     }
 
     /// A part's text, and whether it is split at white space.
@@ -931,17 +977,13 @@ impl Shell {
         }
     }
 
-    /// A `case` pattern; `None` stands for `*`, and a `?` outside quotes for any character.
+    /// A `case` pattern.
     async fn pattern(&mut self, word: &Word) -> Step<Vec<Glob>> {
         let mut pattern = Vec::new();
         for part in &word.0 {
             let plain = matches!(part, Part::Plain(_) | Part::Variable { quoted: false, .. });
             let (text, _) = self.part(part).await?;
-            pattern.extend(text.chars().map(|c| match c {
-                '*' if plain => Glob::Many,
-                '?' if plain => Glob::One,
-                c => Glob::Exactly(c),
-            }));
+            glob(&mut pattern, &text, plain);
         }
         Ok(pattern)
     }
@@ -983,6 +1025,7 @@ impl Shell {
     }
 }
 
+/// A character of a pattern.
 #[derive(Clone, Copy, Debug)]
 enum Glob {
     Exactly(char),
@@ -990,14 +1033,85 @@ enum Glob {
     Many,
 }
 
+/// Adds a text to a pattern; in quotes it stands for itself.
+fn glob(pattern: &mut Vec<Glob>, text: &str, plain: bool) {
+    pattern.extend(text.chars().map(|c| match c {
+        '*' if plain => Glob::Many,
+        '?' if plain => Glob::One,
+        c => Glob::Exactly(c),
+    }));
+}
+
+/// Whether a pattern fits a whole text, in a time that grows with their lengths' product at most.
 fn matches(pattern: &[Glob], text: &[char]) -> bool {
-    match (pattern.split_first(), text.split_first()) {
-        (None, None) => true,
-        (Some((Glob::Many, rest)), _) => {
-            matches(rest, text) || text.split_first().is_some_and(|(_, text)| matches(pattern, text))
+    let (mut p, mut t) = (0, 0);
+    // The last `*`, and how far it reaches so far.
+    let mut star: Option<(usize, usize)> = None;
+    while t < text.len() {
+        match (pattern.get(p), star) {
+            (Some(Glob::Many), _) => {
+                star = Some((p, t));
+                p += 1;
+            }
+            (Some(Glob::One), _) => (p, t) = (p + 1, t + 1),
+            (Some(Glob::Exactly(c)), _) if *c == text[t] => (p, t) = (p + 1, t + 1),
+            (_, Some((at, reach))) => {
+                star = Some((at, reach + 1));
+                (p, t) = (at + 1, reach + 1);
+            }
+            (_, None) => return false,
         }
-        (Some((Glob::One, rest)), Some((_, text))) => matches(rest, text),
-        (Some((Glob::Exactly(c), rest)), Some((first, text))) => c == first && matches(rest, text),
-        _ => false,
+    }
+    pattern[p..].iter().all(|glob| matches!(glob, Glob::Many))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The definition, which takes too long for long patterns.
+    fn fits(pattern: &[Glob], text: &[char]) -> bool {
+        match (pattern.split_first(), text.split_first()) {
+            (None, None) => true,
+            (Some((Glob::Many, rest)), _) => {
+                fits(rest, text) || text.split_first().is_some_and(|(_, text)| fits(pattern, text))
+            }
+            (Some((Glob::One, rest)), Some((_, text))) => fits(rest, text),
+            (Some((Glob::Exactly(c), rest)), Some((first, text))) => c == first && fits(rest, text),
+            _ => false,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn patterns_fit_as_defined(pattern in "[ab*?]{0,8}", text in "[ab]{0,8}") {
+            let mut globs = Vec::new();
+            glob(&mut globs, &pattern, true);
+            let text: Vec<char> = text.chars().collect();
+            prop_assert_eq!(matches(&globs, &text), fits(&globs, &text));
+        }
+
+        #[test]
+        fn no_text_breaks_the_parser(text in r#"([a-z$(){}'"\\|&;<>!*?# \n=:+-]|if|then|fi|case|esac|in|do|done|for|<<){0,60}"#) {
+            let _either = parse::parse(&text);
+        }
+
+        #[test]
+        fn sums_are_those_of_rust(a in -1000i64..1000, b in -1000i64..1000, c in 1i64..1000) {
+            let value = |name: &str| (name == "v").then(|| b.to_string());
+            let found = sum::evaluate(&format!("({a} + v) * 2 - v / {c} % 7"), &value);
+            prop_assert_eq!(found, Ok((a + b) * 2 - b / c % 7));
+        }
+    }
+
+    #[test]
+    fn no_depth_breaks_the_parser() {
+        for open in ["(", "$(", "${a:-", "\"$(", "if ", "$((", "{ ", "! ", "case a in a) ", "((((-", "<<A "] {
+            let _either = parse::parse(&open.repeat(50_000));
+        }
+        assert!(sum::evaluate(&"(".repeat(50_000), &|_| None).is_err());
+        assert!(sum::evaluate(&"-".repeat(50_000), &|_| None).is_err());
     }
 }

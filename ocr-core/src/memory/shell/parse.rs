@@ -620,7 +620,10 @@ impl Parser {
             }
             let chars = self.chars[begin..self.at].to_vec();
             self.at += 2;
-            let mut inner = Self { chars, at: 0, depth: self.depth, heres: Vec::new() };
+            if self.depth >= MAX_DEPTH {
+                return Err("sums are nested too deep".to_owned());
+            }
+            let mut inner = Self { chars, at: 0, depth: self.depth + 1, heres: Vec::new() };
             let mut parts = Vec::new();
             inner.double_quoted(&mut parts, None)?;
             return Ok(Part::Sum { text: Word(parts), quoted });
@@ -678,8 +681,13 @@ impl Parser {
             } else {
                 return Err(format!("${{{name}...}}: only :- - :+ + and # are supported"));
             };
+            self.depth += 1;
+            if self.depth > MAX_DEPTH {
+                return Err("values are nested too deep".to_owned());
+            }
             let mut parts = Vec::new();
             self.double_quoted(&mut parts, Some('}'))?;
+            self.depth -= 1;
             change = Some((kind, Word(parts)));
         } else if !self.eat("}") {
             return Err("${ is not closed".to_owned());
