@@ -38,7 +38,7 @@ pub(crate) fn rig() -> Option<&'static Rig> {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
 fn is_installed(tool: &str) -> bool {
