@@ -71,6 +71,7 @@ pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
+pub mod signal;
 pub mod state;
 
 pub use compute::{
@@ -89,4 +90,5 @@ pub use layer::LayerExt;
 pub use network::{
     Access, Network, NetworkBackend, NetworkBackendExt, NetworkCapabilities, NetworkFilter, NetworkKind, NetworkSpec,
 };
+pub use signal::{Notice, NoticeStream, Signals};
 pub use state::{FencingToken, Key, Lease, Precondition, StateStore, StateStoreExt, Version, Versioned};
