@@ -19,7 +19,8 @@ async fn conforms(config: RedisConfig) {
     let store = RedisStore::new(config).unwrap();
     store.check().await.unwrap();
     let subject = Subject {
-        state: Some(Arc::new(store.clone())),
+        signals: Some(Arc::new(store.signals())),
+        state: Some(Arc::new(store)),
         deadline: Duration::from_secs(10),
         parallel: 8,
         ..Subject::new()
