@@ -31,11 +31,11 @@ pub(crate) fn missing() -> Option<&'static str> {
     })
 }
 
-/// Ends a test that needs Redis where there is none, and says so. With `OCR_NEED_REDIS` set it fails instead.
+/// Ends a test that needs Redis where there is none, and says so. With `OCR_IGNORE_NOTHING` set it fails instead.
 macro_rules! need_redis {
     () => {
         if let Some(why) = $crate::redis::missing() {
-            assert!(std::env::var_os("OCR_NEED_REDIS").is_none(), "{why}");
+            assert!(std::env::var_os("OCR_IGNORE_NOTHING").is_none(), "{why}");
             eprintln!("ignored: {why}");
             return;
         }
