@@ -142,7 +142,9 @@ impl Connector {
                     return Ok(link);
                 }
                 Ok(Err(fault)) => fault,
-                Err(_) => Fault { passing: true, ..Fault::timed_out("Redis does not answer in time") },
+                // What an earlier try met says more than that this one was cut short.
+                Err(_) if gate.last.is_some() => return Err(away(gate.last.as_ref())),
+                Err(_) => Fault::unanswered(),
             };
             if gate.down_since.is_none() {
                 gate.down_since = Some(Instant::now());
@@ -449,7 +451,7 @@ async fn run(connection: &mut MultiplexedConnection, command: Cmd) -> Result<Val
 async fn run_within(connection: &mut MultiplexedConnection, command: Cmd, within: Duration) -> Result<Value, Fault> {
     match tokio::time::timeout(within, run(connection, command)).await {
         Ok(result) => result,
-        Err(_) => Err(Fault { passing: true, ..Fault::timed_out("no answer in time") }),
+        Err(_) => Err(Fault::unanswered()),
     }
 }
 
