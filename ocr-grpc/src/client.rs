@@ -60,7 +60,7 @@ pub fn error(status: &Status) -> Error {
     error
 }
 
-const REASONS: [&str; 10] = [
+const REASONS: [&str; 18] = [
     reason::AGENT_ABSENT,
     reason::AGENT_NOT_READY,
     reason::AGENT_COMMAND_DISABLED,
@@ -70,6 +70,14 @@ const REASONS: [&str; 10] = [
     reason::LEASE_LOST,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
+    reason::PACKAGE_YANKED,
+    reason::PACKAGE_CHECKSUM,
+    reason::PACKAGE_ARCHIVE,
+    reason::PACKAGE_MANIFEST,
+    reason::PACKAGE_TYPE,
+    reason::PACKAGE_TOO_LARGE,
+    reason::PACKAGE_CACHE_FULL,
+    reason::REGISTRY_UNAVAILABLE,
     reason::QUEUE_FULL,
 ];
 
