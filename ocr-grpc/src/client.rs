@@ -11,8 +11,8 @@ use tonic_types::StatusExt as _;
 
 pub use crate::proto::{
     capability_client::CapabilityClient, condition_service_client::ConditionServiceClient,
-    feature_service_client::FeatureServiceClient, inject_service_client::InjectServiceClient, older,
-    virtual_machine_service_client::VirtualMachineServiceClient,
+    deputy_query_service_client::DeputyQueryServiceClient, feature_service_client::FeatureServiceClient,
+    inject_service_client::InjectServiceClient, older, virtual_machine_service_client::VirtualMachineServiceClient,
 };
 pub use crate::v1::{installs_client::InstallsClient, machines_client::MachinesClient};
 
