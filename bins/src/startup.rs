@@ -10,7 +10,7 @@ use ocr_grpc::Generation;
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_store, stop_on_signals, wait_for_backend},
+    service::{Service, open_packages, open_store, stop_on_signals, wait_for_backend},
     settings::{Backend, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
@@ -91,7 +91,8 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
         Server::Executor => {
-            Service::default().with_executor(&backends, store, &settings.package_dir, settings.exec, settings.queue)
+            let packages = open_packages(&settings.packages).await?;
+            Service::default().with_executor(&backends, store, packages, settings.exec, settings.queue)
         }
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };

@@ -15,12 +15,15 @@ use std::{
 
 use futures::future::join_all;
 use ocr_core::{
-    Error, ErrorKind, Result, Retry,
+    ComputeBackend, Error, ErrorKind, Result, Retry, StateStore,
     error::reason,
+    exec::{self, Executor, InstallKind, InstallRequest, PackageRef},
+    memory::{MemoryCloud, MemoryState},
     package::{
         Package, PackageKind, PackageSource, UnpackLimits,
         registry::{Certificates, Config, Registry},
     },
+    queue::scheduler::{Scheduler, SchedulerConfig},
 };
 use proptest::prelude::*;
 use semver::{Version, VersionReq};
@@ -718,4 +721,65 @@ async fn many_packages_at_once_arrive_whole() {
         let package = package.unwrap();
         assert_eq!(package.asset_bytes(&package.assets()[0]).await.unwrap(), noise(nth, 50_000));
     }
+}
+
+#[tokio::test]
+async fn a_package_that_cannot_be_had_leaves_the_guest_and_the_store_untouched() {
+    let rig = Rig::new().await;
+    rig.server.add("web", "1.0.0", "feature", feature("web", "1.0.0", b"echo up"));
+    rig.server.add("text", "1.0.0", "event", {
+        let manifest = manifest("text", "1.0.0", "", "event", "[event]\nfile_path = \"a.md\"\n");
+        pack(&[("package.toml", manifest.as_bytes()), ("a.md", b"# A")])
+    });
+    rig.server.add("noise", "1.0.0", "feature", noise(8, 1000));
+    rig.server.add("old", "1.0.0", "feature", feature("old", "1.0.0", b"echo up"));
+    rig.server.yank("old", "1.0.0");
+    let (cloud, store) = (MemoryCloud::new(), MemoryState::new());
+    let vm = cloud.create_vm(&MemoryCloud::tiny_spec("web-0")).await.unwrap().id;
+    let parts = exec::Parts {
+        guest: Arc::new(cloud.clone()),
+        compute: Arc::new(cloud.clone()),
+        store: Arc::new(store.clone()),
+        packages: Arc::new(rig.client()),
+        scheduler: Scheduler::start(SchedulerConfig::default()),
+    };
+    let executor = Executor::new(parts, exec::Config::default());
+    let install = |kind, package: &str| {
+        let request = InstallRequest {
+            kind,
+            name: "it".to_owned(),
+            vm,
+            package: PackageRef { name: package.to_owned(), version: "1".to_owned() },
+            account: exec::Account::default(),
+            environment: [].into(),
+        };
+        let executor = executor.clone();
+        async move { soon(executor.install(request)).await }
+    };
+    let guest_calls = || -> u64 {
+        let calls = ["guest_info", "put_file", "get_file", "remove_file", "exec"];
+        calls.iter().map(|call| cloud.faults().calls(&format!("guest.{call}"))).sum()
+    };
+    let (feature, inject) = (InstallKind::Feature, InstallKind::Inject);
+    let wrong_checksum = Faults { wrong_checksum: true, ..Faults::default() };
+    let down = Faults { errors: u32::MAX, ..Faults::default() };
+    for (kind, package, faults, wanted, reason) in [
+        (feature, "none", Faults::default(), ErrorKind::NotFound, reason::PACKAGE_NOT_FOUND),
+        (feature, "old", Faults::default(), ErrorKind::Conflict, reason::PACKAGE_YANKED),
+        (feature, "noise", Faults::default(), ErrorKind::Invalid, reason::PACKAGE_ARCHIVE),
+        (feature, "text", Faults::default(), ErrorKind::Invalid, reason::PACKAGE_TYPE),
+        (inject, "web", Faults::default(), ErrorKind::Invalid, reason::PACKAGE_TYPE),
+        (feature, "web", wrong_checksum, ErrorKind::Conflict, reason::PACKAGE_CHECKSUM),
+        (feature, "web", down, ErrorKind::Unavailable, reason::REGISTRY_UNAVAILABLE),
+    ] {
+        rig.server.fault(faults);
+        let error = install(kind, package).await.unwrap_err();
+        assert_eq!((error.kind(), error.reason()), (wanted, Some(reason)), "{error}");
+        assert_eq!(guest_calls(), 0, "{error}");
+        assert_eq!(store.list("", None, 10).await.unwrap(), [], "{error}");
+    }
+    rig.server.fault(Faults::default());
+    let installed = install(feature, "web").await.unwrap();
+    assert_eq!(installed.stdout, "up");
+    assert!(guest_calls() > 0);
 }

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use ocr_core::{exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_core::{exec, lifecycle::DeployConfig, package::registry, queue::scheduler::SchedulerConfig};
 use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
 use tokio_util::sync::CancellationToken;
 
@@ -13,8 +13,8 @@ use super::{
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_store, stop_on_signals, wait_for_backend},
-    settings::{LogSettings, Store},
+    service::{Service, open_packages, open_store, stop_on_signals, wait_for_backend},
+    settings::{LogSettings, Packages, Store},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
@@ -26,7 +26,11 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let _log = logging::start(&log).map_err(Failure::new)?;
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
-    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref()).await?;
+    let packages = match (&args.packages, &args.registry, &args.registry_cache) {
+        (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
+        (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
+    };
+    let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref()).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -67,7 +71,7 @@ pub(crate) async fn start(
     backends: Backends,
     args: &BackendArgs,
     listen: SocketAddr,
-    packages: &Path,
+    packages: &Packages,
     state: Option<&Path>,
 ) -> Result<Serving, Failure> {
     let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
@@ -78,6 +82,7 @@ pub(crate) async fn start(
         ready_interval: deploy.ready_interval,
         reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
     };
+    let packages = open_packages(packages).await?;
     let service = Service::default().with_deployer(&backends, store.clone(), deploy).with_executor(
         &backends,
         store,

@@ -107,6 +107,14 @@ impl Config {
             downloads: 8,
         }
     }
+
+    /// Whether the address is one, without asking anybody.
+    ///
+    /// # Errors
+    /// `Invalid` naming `DEPUTY_REGISTRY`.
+    pub fn check(&self) -> Result<()> {
+        wire::base(&self.url).map(drop)
+    }
 }
 
 /// Which certificates are believed.

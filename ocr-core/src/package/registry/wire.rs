@@ -158,7 +158,7 @@ async fn body(mut response: Response) -> Result<Vec<u8>> {
 }
 
 /// An address without anything that a request must not carry.
-fn base(text: &str) -> Result<Url> {
+pub(super) fn base(text: &str) -> Result<Url> {
     let invalid = |wanted: &str| Err(Error::invalid("DEPUTY_REGISTRY", wanted));
     let Ok(url) = Url::parse(text) else {
         return invalid("wants an address such as https://registry.example/");
