@@ -585,6 +585,9 @@ impl<'a> Reader<'a> {
             (false, None) => registry::Certificates::System,
         };
         config.token = self.secret("DEPUTY_TOKEN", "DEPUTY_TOKEN_FILE");
+        if config.token.is_some() && config.url.trim_start().to_ascii_lowercase().starts_with("http:") {
+            self.warnings.push("DEPUTY_TOKEN is sent unencrypted: DEPUTY_REGISTRY is an http address".to_owned());
+        }
         if let Err(error) = config.check() {
             self.faults.push(error.message().to_owned());
         }

@@ -342,3 +342,6 @@ impl Drop for Reservation {
 pub(super) fn part(work: &Path) -> Result<NamedTempFile> {
     tempfile::Builder::new().prefix("part-").tempfile_in(work).map_err(|error| disk_error("the package cache", error))
 }
+
+#[cfg(test)]
+mod tests;
