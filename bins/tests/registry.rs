@@ -5,30 +5,38 @@
 mod registry;
 mod support;
 
-use std::path::PathBuf;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use ocr_grpc::{client::DeputyQueryServiceClient, proto::Source};
 use registry::{Faults, TestRegistry, feature, manifest, pack};
 use serde_json::json;
-use support::{OCR, SOON, Said, Server, command, keeper, run};
+use support::{OCR, SOON, Said, Server, command, keeper, run, soon, until};
 
 /// `ocr serve --backend memory` with packages from a registry.
 struct Rig {
     registry: TestRegistry,
     server: Server,
-    cache: PathBuf,
+    folder: PathBuf,
+}
+
+async fn serve(registry: &TestRegistry, folder: &Path) -> Server {
+    let mut serve = command(OCR);
+    serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--registry", &registry.url()]);
+    serve.arg("--registry-cache").arg(folder.join("cache"));
+    let server = Server::start(serve, &folder.join("log"));
+    server.serving(SOON).await;
+    server
 }
 
 impl Rig {
     async fn start() -> Self {
         let registry = TestRegistry::start().await;
         let folder = keeper().new_folder("registry");
-        let cache = folder.join("cache");
-        let mut serve = command(OCR);
-        serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--registry", &registry.url()]);
-        serve.arg("--registry-cache").arg(&cache);
-        let server = Server::start(serve, &folder.join("log"));
-        server.serving(SOON).await;
-        Self { registry, server, cache }
+        let server = serve(&registry, &folder).await;
+        Self { registry, server, folder }
     }
 
     /// Runs `ocr` against it.
@@ -37,6 +45,12 @@ impl Rig {
         ocr.envs([("OCR_MACHINER", self.server.url()), ("OCR_EXECUTOR", self.server.url())]).args(arguments);
         run(SOON, ocr).await
     }
+}
+
+/// Downloads that are not whole.
+fn parts(folder: &Path) -> usize {
+    let entries = std::fs::read_dir(folder.join("cache/work")).unwrap();
+    entries.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("part-")).count()
 }
 
 fn text(name: &str, kind: &str, file: &str, content: &[u8]) -> Vec<u8> {
@@ -81,9 +95,29 @@ async fn a_server_installs_and_shows_what_the_registry_has() {
     rig.registry.add("db", "1.0.0", "feature", feature("db", "1.0.0", b"echo db"));
     let failure = rig.ocr(&["feature", "install", vm, "db"]).await.failed();
     assert!(failure.contains("the archive is not what the registry's checksum says"), "{failure}");
-    assert!(rig.server.terminate().await.success());
     // What was unpacked goes with the server or with its next start; downloads are gone.
-    let left = std::fs::read_dir(rig.cache.join("work")).unwrap();
-    let parts = left.filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("part-"));
-    assert_eq!(parts.count(), 0);
+    assert!(rig.server.terminate().await.success());
+    assert_eq!(parts(&rig.folder), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_kill_during_a_download_leaves_nothing_after_the_next_start() {
+    let rig = Rig::start().await;
+    rig.registry.add("alert", "1.0.0", "event", text("alert", "event", "alert.md", b"# Alert\n"));
+    rig.registry.fault(Faults { drip: Some(Duration::from_millis(20)), ..Faults::default() });
+    let mut client = DeputyQueryServiceClient::new(rig.server.channel().await);
+    let source = || Source { name: "alert".to_owned(), version: "*".to_owned() };
+    let cut = tokio::spawn(async move { client.create(source()).await });
+    until(SOON, "the download is under way", async || (rig.registry.counts().archive_bytes > 0).then_some(())).await;
+    assert_eq!(parts(&rig.folder), 1);
+    let Rig { registry, server, folder } = rig;
+    server.kill();
+    cut.await.unwrap().unwrap_err();
+
+    registry.fault(Faults::default());
+    let server = serve(&registry, &folder).await;
+    assert_eq!(parts(&folder), 0);
+    let mut client = DeputyQueryServiceClient::new(server.channel().await);
+    let made = soon("create", client.create(source())).await.unwrap().into_inner();
+    assert_eq!(made.size, "<h1>Alert</h1>\n".len() as i64);
 }
