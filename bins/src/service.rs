@@ -4,7 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use ocr_core::{
     Error, Owner, Result, Retry, StateStore,
-    exec::{self, Executor},
+    exec::{self, Executor, SecretStorage},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
     package::{
@@ -13,7 +13,8 @@ use ocr_core::{
         registry::Registry,
     },
     queue::scheduler::{Scheduler, SchedulerConfig},
-    state::embedded::EmbeddedStore,
+    signal::{LocalSignals, Signals},
+    state::{embedded::EmbeddedStore, redis::RedisStore},
 };
 use ocr_grpc::{Bound, Generation, Readiness, Server};
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,7 @@ impl Service {
         store: Arc<dyn StateStore>,
         packages: Arc<dyn PackageSource>,
         config: exec::Config,
+        secrets: SecretStorage,
         queue: SchedulerConfig,
     ) -> Self {
         let scheduler = Scheduler::start(queue);
@@ -67,6 +69,7 @@ impl Service {
             store: store.clone(),
             packages: packages.clone(),
             scheduler: scheduler.clone(),
+            secrets,
         };
         self.executor = Some((Executor::new(parts, config), scheduler));
         self.queries = Some(Queries::new(packages, store, query::Config::default()));
@@ -161,15 +164,55 @@ impl Service {
     }
 }
 
-/// Opens the store.
+/// What processes with the same store share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Keeps the records.
+    pub store: Arc<dyn StateStore>,
+    /// Carries notices between those who share the store; within this process alone when nobody does.
+    pub signals: Arc<dyn Signals>,
+}
+
+/// Opens the store. One on a server is not asked yet.
 ///
 /// # Errors
 /// When its file cannot be opened, or another process has it.
 pub fn open_store(store: &Store) -> Result<Arc<dyn StateStore>> {
-    Ok(match store {
+    Ok(open_shared(store)?.store)
+}
+
+fn open_shared(store: &Store) -> Result<Shared> {
+    let store: Arc<dyn StateStore> = match store {
+        Store::Redis(config) => {
+            return Ok(over_redis(RedisStore::new((**config).clone())?));
+        }
         Store::Embedded(path) => Arc::new(EmbeddedStore::open(path)?),
         Store::Memory => Arc::new(MemoryState::new()),
-    })
+    };
+    Ok(Shared { store, signals: Arc::new(LocalSignals::new()) })
+}
+
+fn over_redis(store: RedisStore) -> Shared {
+    Shared { signals: Arc::new(store.signals()), store: Arc::new(store) }
+}
+
+/// Opens the store, and asks one on a server again and again while that is away; `None` when the process is told to stop
+/// first.
+///
+/// # Errors
+/// Those that no waiting will cure: a file that another process has, a password that is wrong.
+pub async fn wait_for_store(store: &Store, stop: &CancellationToken) -> Result<Option<Shared>> {
+    if let Store::Redis(config) = store {
+        let asked = RedisStore::new((**config).clone())?;
+        let Some(warnings) = wait_for("the server of the store", || asked.check(), stop).await? else {
+            return Ok(None);
+        };
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        return Ok(Some(over_redis(asked)));
+    }
+    open_shared(store).map(Some)
 }
 
 /// Opens the source of packages.
@@ -197,11 +240,24 @@ pub async fn wait_for_backend<F>(open: impl Fn() -> F, stop: &CancellationToken)
 where
     F: Future<Output = Result<Backends, Error>>,
 {
+    wait_for("the backend", open, stop).await
+}
+
+async fn wait_for<T, F>(what: &str, open: impl Fn() -> F, stop: &CancellationToken) -> Result<Option<T>>
+where
+    F: Future<Output = Result<T, Error>>,
+{
     loop {
-        match open().await {
-            Ok(backends) => return Ok(Some(backends)),
+        let opened = tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            opened = open() => opened,
+        };
+        match opened {
+            Ok(opened) => return Ok(Some(opened)),
             Err(error) if error.retry() == Retry::Never => return Err(error),
-            Err(error) => tracing::warn!(%error, "the backend is away; trying again"),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "{what} is away; trying again");
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return Ok(None),

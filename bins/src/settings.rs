@@ -8,12 +8,23 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs},
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
-use ocr_core::{Owner, exec, lifecycle::DeployConfig, package::registry, queue::scheduler::SchedulerConfig};
+use ocr_core::{
+    Owner,
+    exec::{self, SecretStorage},
+    lifecycle::DeployConfig,
+    package::registry,
+    queue::scheduler::SchedulerConfig,
+    seal::{SealKey, Sealer},
+    state::redis::RedisConfig,
+};
 use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
+
+mod redis;
 
 /// One variable: what it is for and what is wanted of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +116,7 @@ pub const VARIABLES: &[Variable] = &[
         "GLOBAL_INSECURE",
         BOTH,
         Wanted::Always,
-        "true: certificates of the servers that we call are not verified (OpenStack, libvirt over TLS, the package registry); it never changes how we listen",
+        "true: certificates of the servers that we call are not verified (OpenStack, libvirt and Redis over TLS, the package registry); it never changes how we listen",
     ),
     Variable {
         alias: Some("Machiner_PORT"),
@@ -164,16 +175,71 @@ pub const VARIABLES: &[Variable] = &[
     optional(
         "STATE_STORE",
         BOTH,
-        Some("embedded"),
-        "where records are kept: embedded (one file) or memory (lost at the end)",
+        None,
+        "where records are kept: redis (a server that several executors share), embedded (one file) or memory (lost at the end); by default embedded, and for the executor redis when it is told where that is",
     ),
     optional("STATE_FILE", BOTH, Some("/var/lib/ocr/SERVER.redb"), "file of the embedded store; one server each"),
-    optional("REDIS_HOST", BOTH, None, "Redis server (not used by this version)"),
-    optional("REDIS_PORT", BOTH, None, "port of the Redis server (not used by this version)"),
     Variable {
         secret: true,
-        ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis (not used by this version)")
+        ..optional(
+            "STATE_KEY",
+            EXECUTOR,
+            None,
+            "key that seals what is secret in the records: 32 bytes in hexadecimal digits or base64; `ocr key` makes one",
+        )
     },
+    optional(
+        "STATE_KEY_FILE",
+        EXECUTOR,
+        None,
+        "file with such keys instead, one a line: the first seals, all open, so that a key can be changed",
+    ),
+    optional(
+        "SECRETS",
+        EXECUTOR,
+        Some("sealed"),
+        "what becomes of conditions' environments: sealed (by the key; refused without one) or memory (lost at the server's end)",
+    ),
+    optional("REDIS_HOST", BOTH, None, "Redis server that keeps the records"),
+    optional("REDIS_PORT", BOTH, Some("6379"), "its port"),
+    optional("REDIS_USER", BOTH, None, "ACL user of Redis"),
+    Variable { secret: true, ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis") },
+    optional("REDIS_DB", BOTH, Some("0"), "number of the database in Redis"),
+    optional("REDIS_TLS", BOTH, Some("false"), "whether Redis and its Sentinels are spoken to by TLS"),
+    optional(
+        "REDIS_CA_FILE",
+        BOTH,
+        None,
+        "file with the certificates of the authorities that signed Redis', instead of the system's",
+    ),
+    optional(
+        "REDIS_SENTINELS",
+        BOTH,
+        None,
+        "instead of REDIS_HOST: Sentinels that know the master, as host:port with commas between",
+    ),
+    optional("REDIS_SENTINEL_MASTER", BOTH, None, "the name under which they know it"),
+    optional("REDIS_SENTINEL_USER", BOTH, None, "ACL user of the Sentinels"),
+    Variable { secret: true, ..optional("REDIS_SENTINEL_PASSWORD", BOTH, None, "password for the Sentinels") },
+    optional(
+        "REDIS_CLUSTER",
+        BOTH,
+        None,
+        "instead of REDIS_HOST: some nodes of a Redis cluster, as host:port with commas between",
+    ),
+    optional(
+        "REDIS_PREFIX",
+        BOTH,
+        Some("OWNER-SERVER"),
+        "in front of all keys in Redis; executors with the same one share their records",
+    ),
+    optional(
+        "REDIS_WAIT_REPLICAS",
+        BOTH,
+        Some("0"),
+        "replicas that must have a write before it counts as done; 1 or more makes failovers lose nothing",
+    ),
+    optional("REDIS_TIMEOUT", BOTH, Some("5"), "seconds that a call to Redis may take, reconnecting included"),
     optional(
         "PACKAGE_DIR",
         EXECUTOR,
@@ -346,6 +412,8 @@ pub struct Settings {
     pub queue: SchedulerConfig,
     /// Where packages are.
     pub packages: Packages,
+    /// What becomes of secrets that are needed again later.
+    pub secrets: SecretStorage,
     /// Whether ConditionService.create answers in the older form.
     pub identifier_reply: bool,
     /// Between two reconciles.
@@ -409,8 +477,10 @@ pub enum Packages {
 }
 
 /// Where records are kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Store {
+    /// On a server that several processes share.
+    Redis(Box<RedisConfig>),
     /// In one file.
     Embedded(PathBuf),
     /// Nowhere: they are lost at the end.
@@ -473,8 +543,8 @@ impl<'a> Reader<'a> {
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
-        let store = self.store();
         let owner = self.parsed::<Owner>("OWNER");
+        let store = self.store(owner.as_ref(), insecure);
         let timeout = self.seconds("HYPERVISOR_WAIT_TIMEOUT", 1, 86_400);
         let interval = self.seconds("HYPERVISOR_WAIT_INTERVAL", 1, 3_600);
         let (action, connections) = match self.server {
@@ -487,16 +557,12 @@ impl<'a> Reader<'a> {
             Server::Executor => self.packages(insecure),
             Server::Machiner => Packages::Folder(PathBuf::new()),
         };
+        let secrets = self.only(Server::Executor, |r| r.secrets(&store));
         let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
         let reflection = self.boolean("REFLECTION");
         let log = self.log();
-        for name in ["REDIS_HOST", "REDIS_PORT", "REDIS_PASSWORD"] {
-            if self.source.get(name).is_some() {
-                self.warnings.push(format!("{name} is set, but this version keeps its records in the embedded store"));
-            }
-        }
         let (Some(listen), Some(owner), true) = (listen, owner, self.faults.is_empty()) else {
             return Err(Faults(self.faults));
         };
@@ -520,6 +586,7 @@ impl<'a> Reader<'a> {
             exec,
             queue,
             packages,
+            secrets,
             identifier_reply: reply == "identifier",
             reconcile_interval,
             shutdown_grace,
@@ -617,15 +684,57 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn is_given(&self, name: &str) -> bool {
-        self.source.get(name).is_some_and(|value| !value.trim().is_empty())
+    fn store(&mut self, owner: Option<&Owner>, insecure: bool) -> Store {
+        let chosen = match self.is_given("STATE_STORE") {
+            true => self.choice("STATE_STORE", &["redis", "embedded", "memory"]),
+            false => {
+                let chosen = if self.redis_by_default() { "redis" } else { "embedded" };
+                self.effective.push(("STATE_STORE", chosen.to_owned()));
+                chosen.to_owned()
+            }
+        };
+        if chosen == "redis" {
+            return self.redis(owner, insecure);
+        }
+        self.warn_of_unused_redis();
+        match chosen.as_str() {
+            "memory" => Store::Memory,
+            _ => Store::Embedded(PathBuf::from(self.text("STATE_FILE"))),
+        }
     }
 
-    fn store(&mut self) -> Store {
-        if self.choice("STATE_STORE", &["embedded", "memory"]) == "memory" {
-            return Store::Memory;
+    fn secrets(&mut self, store: &Store) -> SecretStorage {
+        let in_memory = self.choice("SECRETS", &["sealed", "memory"]) == "memory";
+        let key = self.maybe("STATE_KEY").map(|text| {
+            let key = SealKey::parse(&text.into()).and_then(|key| Sealer::new(vec![key]));
+            key.map_err(|error| format!("STATE_KEY: {}", error.message()))
+        });
+        let file = self
+            .maybe("STATE_KEY_FILE")
+            .map(|path| read_key_file(Path::new(&path)).map_err(|why| format!("STATE_KEY_FILE: {why}")));
+        if in_memory && (key.is_some() || file.is_some()) {
+            self.warnings.push("SECRETS=memory: nothing is sealed, and the key is not used".to_owned());
         }
-        Store::Embedded(PathBuf::from(self.text("STATE_FILE")))
+        let sealer = match (key, file) {
+            (None, None) => None,
+            (Some(_), Some(_)) => {
+                self.faults.push("STATE_KEY: give this or STATE_KEY_FILE, not both".to_owned());
+                None
+            }
+            (Some(sealer), None) | (None, Some(sealer)) => sealer.map_err(|fault| self.faults.push(fault)).ok(),
+        };
+        match sealer {
+            // Records in memory are no safer when they are sealed with a key beside them.
+            _ if in_memory || (sealer.is_none() && matches!(store, Store::Memory)) => SecretStorage::Memory,
+            Some(sealer) => SecretStorage::Sealed(Arc::new(sealer)),
+            None => {
+                self.warnings.push(
+                    "there is no STATE_KEY or STATE_KEY_FILE: conditions with an environment are refused; `ocr key` makes a key"
+                        .to_owned(),
+                );
+                SecretStorage::Refuse
+            }
+        }
     }
 
     fn log(&mut self) -> LogSettings {
@@ -635,6 +744,11 @@ impl<'a> Reader<'a> {
             tracing::Level::INFO
         });
         LogSettings { level, dir: self.maybe("LOG_DIR").map(PathBuf::from), file_name: self.text("LOG_FILE_NAME") }
+    }
+
+    /// Whether the variable has a value that is not its default.
+    fn is_given(&self, name: &str) -> bool {
+        self.source.get(name).is_some_and(|value| !value.trim().is_empty())
     }
 
     /// The variable's value or default; an empty value counts as not given.
@@ -715,6 +829,30 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// Reads a file of keys.
+///
+/// # Errors
+/// What is wrong with it; keys are not repeated.
+pub fn read_key_file(path: &Path) -> Result<Sealer, String> {
+    let bytes = std::fs::metadata(path).and_then(|about| {
+        if about.len() > MAX_KEY_FILE_BYTES {
+            Err(std::io::ErrorKind::FileTooLarge.into())
+        } else {
+            std::fs::read(path)
+        }
+    });
+    let text = bytes
+        .map_err(|error| format!("{}: {error}", path.display()))
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|_| format!("{}: is no text", path.display())))?;
+    Sealer::parse(&text.into()).map_err(|error| {
+        let place = error.resource().map(|line| format!("{line}: ")).unwrap_or_default();
+        format!("{}: {place}{}", path.display(), error.message())
+    })
+}
+
+/// Far more than [`ocr_core::seal::MAX_KEYS`] keys with comments take.
+const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
+
 fn table_entry(name: &'static str) -> &'static Variable {
     match VARIABLES.iter().find(|variable| variable.name == name) {
         Some(variable) => variable,
@@ -767,7 +905,7 @@ mod tests {
         let settings = Settings::read(Server::Machiner, &good()).unwrap();
         assert_eq!(settings.deploy.ready_deadline, Duration::from_secs(300));
         assert_eq!(settings.deploy.ready_interval, Duration::from_secs(5));
-        assert_eq!(settings.store, Store::Embedded("/var/lib/ocr/machiner.redb".into()));
+        assert!(matches!(settings.store, Store::Embedded(path) if path == Path::new("/var/lib/ocr/machiner.redb")));
         assert_eq!(settings.listen.to_string(), "127.0.0.1:9000");
     }
 
@@ -897,6 +1035,41 @@ mod tests {
         let shown: Vec<_> = settings.effective().collect();
         assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
         assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
+    }
+
+    #[test]
+    fn secrets_are_sealed_with_a_key_and_refused_without_one_unless_memory_is_told() {
+        let key = SealKey::generate().reveal();
+        let key = secrecy::ExposeSecret::expose_secret(&key);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), format!("# ours\n{key}\n")).unwrap();
+        let file = file.path().to_str().unwrap();
+        let storage = |more: &[(&str, &str)]| executor(more).unwrap().secrets;
+        assert!(matches!(storage(&[]), SecretStorage::Refuse));
+        assert!(matches!(storage(&[("STATE_STORE", "memory")]), SecretStorage::Memory));
+        assert!(matches!(storage(&[("SECRETS", "memory")]), SecretStorage::Memory));
+        assert!(matches!(storage(&[("STATE_KEY", key)]), SecretStorage::Sealed(_)));
+        assert!(matches!(storage(&[("STATE_KEY_FILE", file)]), SecretStorage::Sealed(_)));
+        assert!(matches!(storage(&[("STATE_KEY_FILE", file), ("STATE_STORE", "memory")]), SecretStorage::Sealed(_)));
+        assert_eq!(executor(&[]).unwrap().warnings.len(), 1);
+        assert_eq!(executor(&[("STATE_KEY", key)]).unwrap().warnings, [""; 0]);
+        assert!(!format!("{:?}", executor(&[("STATE_KEY", key)]).unwrap()).contains(key));
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_used_is_a_fault_that_does_not_repeat_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\ncanary-7f3a\n").unwrap();
+        let path = file.path().to_str().unwrap();
+        for (more, want) in [
+            (&[("STATE_KEY", "canary-7f3a")][..], "STATE_KEY: key: wants 32 bytes"),
+            (&[("STATE_KEY_FILE", path)], "line 2: key: wants 32 bytes"),
+            (&[("STATE_KEY_FILE", "/no/such/file")], "STATE_KEY_FILE: /no/such/file: No such file"),
+            (&[("STATE_KEY", "x"), ("STATE_KEY_FILE", path)], "STATE_KEY: give this or STATE_KEY_FILE, not both"),
+        ] {
+            let faults = executor(more).unwrap_err().to_string();
+            assert!(faults.contains(want) && !faults.contains("canary"), "{faults}");
+        }
     }
 
     #[test]

@@ -73,6 +73,7 @@ pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
+pub mod seal;
 pub mod signal;
 pub mod state;
 
@@ -82,6 +83,7 @@ pub use compute::{
 pub use error::{Error, ErrorKind, Result, Retry};
 pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
+    PutFiles, RemoveFiles,
 };
 pub use id::{DocumentId, ImageId, InstallId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
 pub use image::{

@@ -746,6 +746,7 @@ async fn a_package_that_cannot_be_had_leaves_the_guest_and_the_store_untouched()
         compute: Arc::new(cloud.clone()),
         store: Arc::new(store.clone()),
         packages: Arc::new(rig.client()),
+        secrets: exec::SecretStorage::Memory,
         scheduler: Scheduler::start(SchedulerConfig::default()),
     };
     let executor = Executor::new(parts, exec::Config::default());

@@ -60,7 +60,7 @@ pub fn error(status: &Status) -> Error {
     error
 }
 
-const REASONS: [&str; 18] = [
+const REASONS: [&str; 20] = [
     reason::AGENT_ABSENT,
     reason::AGENT_NOT_READY,
     reason::AGENT_COMMAND_DISABLED,
@@ -68,6 +68,7 @@ const REASONS: [&str; 18] = [
     reason::GUEST_NOT_RUNNING,
     reason::COMMAND_FAILED,
     reason::LEASE_LOST,
+    reason::FENCED,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
     reason::PACKAGE_YANKED,
@@ -78,6 +79,7 @@ const REASONS: [&str; 18] = [
     reason::PACKAGE_TOO_LARGE,
     reason::PACKAGE_CACHE_FULL,
     reason::REGISTRY_UNAVAILABLE,
+    reason::SEALED,
     reason::QUEUE_FULL,
 ];
 

@@ -1,8 +1,13 @@
 //! `ocr serve`: everything in one process.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use ocr_core::{exec, lifecycle::DeployConfig, package::registry, queue::scheduler::SchedulerConfig};
+use ocr_core::{
+    exec::{self, SecretStorage},
+    lifecycle::DeployConfig,
+    package::registry,
+    queue::scheduler::SchedulerConfig,
+};
 use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +19,7 @@ use crate::{
     backends::Backends,
     logging,
     service::{Service, open_packages, open_store, stop_on_signals, wait_for_backend},
-    settings::{LogSettings, Packages, Store},
+    settings::{LogSettings, Packages, Store, read_key_file},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
@@ -30,7 +35,12 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
         (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
         (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
     };
-    let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref()).await?;
+    let secrets = match (&args.state_key_file, &args.state) {
+        (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
+        (None, None) => SecretStorage::Memory,
+        (None, Some(_)) => SecretStorage::Refuse,
+    };
+    let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref(), secrets).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -73,6 +83,7 @@ pub(crate) async fn start(
     listen: SocketAddr,
     packages: &Packages,
     state: Option<&Path>,
+    secrets: SecretStorage,
 ) -> Result<Serving, Failure> {
     let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
     let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
@@ -88,6 +99,7 @@ pub(crate) async fn start(
         store,
         packages,
         config,
+        secrets,
         SchedulerConfig::default(),
     );
     let bound = service.bind(listen, Generation::Newer, true).await?;
