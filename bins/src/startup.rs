@@ -93,8 +93,14 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
         Server::Executor => {
             let packages = open_packages(&settings.packages).await?;
-            let (config, secrets) = (settings.exec, settings.secrets);
-            Service::default().with_executor(&backends, store, packages, config, secrets, settings.queue)
+            Service::default().with_executor(
+                &backends,
+                store,
+                packages,
+                settings.exec,
+                settings.secrets,
+                settings.queue,
+            )
         }
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };

@@ -116,8 +116,6 @@ pub mod reason {
     pub const VERSION_MISMATCH: &str = "VERSION_MISMATCH";
     /// The package named is not in the registry, or no version matches.
     pub const PACKAGE_NOT_FOUND: &str = "PACKAGE_NOT_FOUND";
-    /// A secret was sealed with a key that is not at hand, or there is no key to seal one with.
-    pub const SEALED: &str = "SEALED";
     /// Every version that would do was taken back by its publisher.
     pub const PACKAGE_YANKED: &str = "PACKAGE_YANKED";
     /// What came is not what the registry's checksum says.
@@ -134,6 +132,8 @@ pub mod reason {
     pub const PACKAGE_CACHE_FULL: &str = "PACKAGE_CACHE_FULL";
     /// The package registry does not answer, or makes no sense.
     pub const REGISTRY_UNAVAILABLE: &str = "REGISTRY_UNAVAILABLE";
+    /// A secret was sealed with a key that is not at hand, or there is no key to seal one with.
+    pub const SEALED: &str = "SEALED";
     /// The queue is full; come back later.
     pub const QUEUE_FULL: &str = "QUEUE_FULL";
 }

@@ -671,6 +671,10 @@ async fn a_list_is_followed_to_its_end() {
     let exercises = client.list(Some(PackageKind::Exercise)).await.unwrap();
     let versions: Vec<String> = exercises.iter().map(|one| one.version.to_string()).collect();
     assert_eq!(versions, ["1.2.0", "1.0.0"], "the newest first, the yanked not at all");
+    // Where a page may be empty and not the last.
+    rig.server.fault(Faults { late_filter: true, ..Faults::default() });
+    assert_eq!(client.list(Some(PackageKind::Exercise)).await.unwrap(), exercises);
+    rig.server.fault(Faults::default());
     assert_eq!(client.list(None).await.unwrap().len(), 252);
 }
 
@@ -742,6 +746,7 @@ async fn a_package_that_cannot_be_had_leaves_the_guest_and_the_store_untouched()
         compute: Arc::new(cloud.clone()),
         store: Arc::new(store.clone()),
         packages: Arc::new(rig.client()),
+        secrets: exec::SecretStorage::Memory,
         scheduler: Scheduler::start(SchedulerConfig::default()),
     };
     let executor = Executor::new(parts, exec::Config::default());

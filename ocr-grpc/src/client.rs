@@ -71,7 +71,6 @@ const REASONS: [&str; 20] = [
     reason::FENCED,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
-    reason::SEALED,
     reason::PACKAGE_YANKED,
     reason::PACKAGE_CHECKSUM,
     reason::PACKAGE_ARCHIVE,
@@ -80,6 +79,7 @@ const REASONS: [&str; 20] = [
     reason::PACKAGE_TOO_LARGE,
     reason::PACKAGE_CACHE_FULL,
     reason::REGISTRY_UNAVAILABLE,
+    reason::SEALED,
     reason::QUEUE_FULL,
 ];
 

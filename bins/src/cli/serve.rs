@@ -31,14 +31,14 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let _log = logging::start(&log).map_err(Failure::new)?;
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
+    let packages = match (&args.packages, &args.registry, &args.registry_cache) {
+        (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
+        (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
+    };
     let secrets = match (&args.state_key_file, &args.state) {
         (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
         (None, None) => SecretStorage::Memory,
         (None, Some(_)) => SecretStorage::Refuse,
-    };
-    let packages = match (&args.packages, &args.registry, &args.registry_cache) {
-        (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
-        (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
     };
     let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref(), secrets).await?;
     output.result(

@@ -450,7 +450,8 @@ impl Inner {
         let mut packages = Vec::new();
         for page in 1.. {
             let found = self.retried(|| self.api.page(kind, page)).await?;
-            let is_last = found.packages.is_empty() || page >= found.total_pages;
+            // A registry may sort out other kinds after it has cut the pages: an empty one is not the last.
+            let is_last = page >= found.total_pages;
             for package in found.packages {
                 // Kinds to come are not ours to name.
                 let Ok(own) = package.package_type.parse::<PackageKind>() else { continue };

@@ -65,6 +65,8 @@ pub struct Faults {
     pub huge: bool,
     /// Reads too want the token.
     pub private: bool,
+    /// Lists are cut into pages first, and other types sorted out of each page then.
+    pub late_filter: bool,
     /// Every request is answered with a redirect.
     pub redirect: bool,
 }
@@ -291,27 +293,31 @@ impl Shared {
         state.counts.searches += 1;
         let number = |name: &str, default: usize| query.get(name).map_or(default, |text| text.parse().unwrap());
         let (page, limit) = (number("page", 1), number("limit", 20));
-        let matches: Vec<Value> = state
+        let of_type =
+            |versions: &[Stored]| query.get("type").is_none_or(|kind| versions[0].kind.eq_ignore_ascii_case(kind));
+        let late = state.faults.late_filter;
+        let matches: Vec<(&[Stored], Value)> = state
             .packages
             .iter()
             .filter(|(name, versions)| {
-                query.get("search_term").is_none_or(|term| name.contains(term.as_str()))
-                    && query.get("type").is_none_or(|kind| versions[0].kind.eq_ignore_ascii_case(kind))
+                query.get("search_term").is_none_or(|term| name.contains(term.as_str())) && (late || of_type(versions))
             })
             .map(|(name, versions)| {
                 let described: Vec<Value> = versions.iter().map(|one| describe(one, &state.faults)).collect();
-                json!({
+                let package = json!({
                     "id": "b6e5a9a0-4f3c-4b57-9d3a-0d4f3f0a8a11",
                     "name": name,
                     "packageType": versions[0].kind,
                     "createdAt": "+262142-12-31T23:59:59",
                     "updatedAt": "+262142-12-31T23:59:59",
                     "versions": described,
-                })
+                });
+                (versions.as_slice(), package)
             })
             .collect();
         let pages = matches.len().div_ceil(limit);
-        let packages: Vec<&Value> = matches.iter().skip((page - 1) * limit).take(limit).collect();
+        let page = matches.iter().skip((page - 1) * limit).take(limit);
+        let packages: Vec<&Value> = page.filter(|(versions, _)| of_type(versions)).map(|(_, one)| one).collect();
         json_answer(
             &state.faults,
             &json!({ "packages": packages, "totalPages": pages, "totalPackages": matches.len() }),

@@ -23,14 +23,15 @@ pub(super) struct Api {
     answer_deadline: Duration,
 }
 
-/// One version of a package, as far as it is looked at. (Dates may be out of any range, so they are not read.)
+/// One version of a package, as far as it is looked at. (Dates may be out of any range, so they are not read.) Older
+/// registries write snake case.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct WireVersion {
     pub(super) version: String,
     #[serde(default)]
     pub(super) description: Option<String>,
-    #[serde(default)]
+    #[serde(default, alias = "is_yanked")]
     pub(super) is_yanked: bool,
     #[serde(default)]
     pub(super) checksum: String,
@@ -41,7 +42,7 @@ pub(super) struct WireVersion {
 #[serde(rename_all = "camelCase")]
 pub(super) struct WirePackage {
     pub(super) name: String,
-    #[serde(default)]
+    #[serde(default, alias = "package_type")]
     pub(super) package_type: String,
     #[serde(default)]
     pub(super) versions: Vec<WireVersion>,
@@ -52,7 +53,7 @@ pub(super) struct WirePackage {
 #[serde(rename_all = "camelCase")]
 pub(super) struct WirePage {
     pub(super) packages: Vec<WirePackage>,
-    #[serde(default)]
+    #[serde(default, alias = "total_pages")]
     pub(super) total_pages: u64,
 }
 
