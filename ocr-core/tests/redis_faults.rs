@@ -332,7 +332,9 @@ async fn a_wrong_password_is_said_at_once_and_a_corrected_one_works_by_itself() 
     assert_eq!(store.check().await.unwrap_err().kind(), ErrorKind::Denied);
     let without = RedisStore::new(at(server.port)).unwrap();
     fails(put(&without, "a", "x").await, ErrorKind::Denied, Retry::Never, "REDIS_PASSWORD");
+    let begin = Instant::now();
     let error = store.signals().listen(&key("topic")).await.map(drop).unwrap_err();
+    assert!(begin.elapsed() < DEADLINE, "nothing is waited for");
     assert!(error.kind() == ErrorKind::Denied && whole(&error).contains("REDIS_PASSWORD"), "{error}");
     server.command(&["ACL", "SETUSER", "default", &format!(">{CANARY}")]);
     until(async || put(&store, "a", "x").await).await;

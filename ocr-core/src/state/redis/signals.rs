@@ -377,10 +377,15 @@ impl Carrier {
 
     fn lost(&self, error: Error) {
         let mut topics = lock(&self.shared.topics);
+        // What no waiting will cure is told at once.
+        let hopeless = error.retry() == Retry::Never;
         topics.trouble = Some(error);
         for topic in topics.by_name.values_mut() {
             topic.missed |= topic.live;
             topic.live = false;
+            if hopeless {
+                topic.waiting.clear();
+            }
         }
     }
 }
