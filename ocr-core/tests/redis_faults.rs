@@ -434,6 +434,44 @@ async fn keys_of_ended_records_are_forgotten_by_writes_and_by_lists() {
     assert_eq!(known(), ":2", "the one that stays and the one that was written again");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn listeners_come_and_go_on_one_connection_and_silence_is_no_gap() {
+    need_redis!();
+    let server = Server::start(Options::default());
+    let signals = RedisSignals::new(at(server.port)).unwrap();
+    let quiet = key("quiet");
+    let mut listener = signals.listen(&quiet).await.unwrap();
+    let count = |what: &str| {
+        let info = server.command(&["INFO", "all"]);
+        let line = info.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':')).unwrap().to_owned();
+        line.trim().parse::<u64>().unwrap()
+    };
+    let listeners = async |topics: std::ops::Range<u32>| {
+        let listens = topics.map(|number| {
+            let signals = signals.clone();
+            async move { signals.listen(&key(&number.to_string())).await.unwrap() }
+        });
+        futures::future::join_all(listens).await
+    };
+    let many = listeners(0..600).await;
+    assert_eq!(
+        (count("pubsub_channels"), count("connected_clients")),
+        (601, 3),
+        "ours, theirs for all, and for commands"
+    );
+    drop(many);
+    server.wait_until("has forgotten the topics", |_| count("pubsub_channels") == 1);
+    let again = listeners(300..900).await;
+    signals.send(&key("899"), Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(next(&mut again.into_iter().last().unwrap()).await, Notice::Payload(Bytes::from_static(b"x")));
+    // Longer than the connection may be silent.
+    let heard = timeout(Duration::from_secs(5), listener.next()).await;
+    assert!(heard.is_err(), "{heard:?} is heard where nothing was sent or missed");
+    signals.send(&quiet, Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(next(&mut listener).await, Notice::Payload(Bytes::from_static(b"x")));
+    assert_eq!(count("connected_clients"), 3);
+}
+
 /// Two who want one lease again and again; each tells of the times during which it believed to hold it.
 async fn contend(
     store: RedisStore,
