@@ -33,6 +33,8 @@ use self::redis::{Options, SentinelSet, Server, free_port, need_redis};
 const CANARY: &str = "canary-5e1f";
 const SOON: Duration = Duration::from_secs(30);
 const DEADLINE: Duration = Duration::from_secs(1);
+/// What a loaded machine may add to a deadline.
+const SLACK: Duration = Duration::from_secs(5);
 
 /// Everything that is logged, from the finest level on.
 #[derive(Clone, Default)]
@@ -209,7 +211,7 @@ async fn a_write_whose_caller_has_given_up_is_not_done_later() {
     let took = begin.elapsed();
     fails(late, ErrorKind::TimedOut, Retry::Ambiguous, "the write may have been done");
     assert_eq!(read.unwrap_err().retry(), Retry::Safe, "a read changes nothing");
-    assert!(took >= DEADLINE && took < DEADLINE * 2, "{took:?}");
+    assert!(took >= DEADLINE && took < DEADLINE + SLACK, "{took:?}");
     // The next one does not get as far as a command.
     let error = put(&store, "a", "later").await.unwrap_err();
     assert_eq!(error.retry(), Retry::Safe, "{}", whole(&error));
@@ -227,7 +229,7 @@ async fn a_write_whose_caller_has_given_up_is_not_done_later() {
 async fn a_short_outage_is_waited_out_and_in_a_long_one_calls_fail_at_once() {
     need_redis!();
     let mut server = Server::start(Options::durable());
-    let config = RedisConfig { deadline: Duration::from_secs(3), ..at(server.port) };
+    let config = RedisConfig { deadline: SLACK, ..at(server.port) };
     let store = RedisStore::new(config).unwrap();
     put(&store, "a", "x").await.unwrap();
     server.kill();
@@ -247,7 +249,7 @@ async fn a_short_outage_is_waited_out_and_in_a_long_one_calls_fail_at_once() {
     let a = key("a");
     let calls = (0..100).map(|_| store.get(&a));
     assert!(futures::future::join_all(calls).await.iter().all(Result::is_err));
-    assert!(begin.elapsed() < Duration::from_secs(2), "{:?} for 100 calls", begin.elapsed());
+    assert!(begin.elapsed() < SLACK, "{:?} for 100 calls", begin.elapsed());
     server.restart();
     assert_eq!(until(async || store.get(&key("a")).await).await.unwrap().value, "x");
 }
@@ -323,16 +325,20 @@ async fn a_wrong_password_is_said_at_once_and_a_corrected_one_works_by_itself() 
     need_redis!();
     let server = Server::start(Options { password: Some("another".to_owned()), ..Options::default() });
     let login = Login { user: None, password: Some(CANARY.into()) };
-    let store = RedisStore::new(RedisConfig { login, ..at(server.port) }).unwrap();
+    // Longer than anything here takes, since nothing is waited for.
+    let deadline = SLACK * 2;
+    let store = RedisStore::new(RedisConfig { login, deadline, ..at(server.port) }).unwrap();
     let begin = Instant::now();
     for _ in 0..2 {
         fails(put(&store, "a", "x").await, ErrorKind::Denied, Retry::Never, "REDIS_PASSWORD");
     }
-    assert!(begin.elapsed() < DEADLINE, "nothing is waited for");
+    assert!(begin.elapsed() < SLACK);
     assert_eq!(store.check().await.unwrap_err().kind(), ErrorKind::Denied);
     let without = RedisStore::new(at(server.port)).unwrap();
     fails(put(&without, "a", "x").await, ErrorKind::Denied, Retry::Never, "REDIS_PASSWORD");
+    let begin = Instant::now();
     let error = store.signals().listen(&key("topic")).await.map(drop).unwrap_err();
+    assert!(begin.elapsed() < SLACK);
     assert!(error.kind() == ErrorKind::Denied && whole(&error).contains("REDIS_PASSWORD"), "{error}");
     server.command(&["ACL", "SETUSER", "default", &format!(">{CANARY}")]);
     until(async || put(&store, "a", "x").await).await;
@@ -378,7 +384,7 @@ async fn nobody_there_and_nobody_who_answers_end_within_the_deadline() {
         for _ in 0..3 {
             let begin = Instant::now();
             let error = put(&store, "a", "x").await.unwrap_err();
-            assert!(begin.elapsed() < DEADLINE * 2, "{:?}", begin.elapsed());
+            assert!(begin.elapsed() < DEADLINE + SLACK, "{:?}", begin.elapsed());
             assert!(error.retry() == Retry::Safe && error.message().contains(text), "{}", whole(&error));
         }
         let error = store.signals().listen(&key("topic")).await.map(drop).unwrap_err();
@@ -426,6 +432,44 @@ async fn keys_of_ended_records_are_forgotten_by_writes_and_by_lists() {
         store.put(&key("again"), Bytes::new(), Precondition::Any, Some(SOON)).await.unwrap();
     }
     assert_eq!(known(), ":2", "the one that stays and the one that was written again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn listeners_come_and_go_on_one_connection_and_silence_is_no_gap() {
+    need_redis!();
+    let server = Server::start(Options::default());
+    let signals = RedisSignals::new(at(server.port)).unwrap();
+    let quiet = key("quiet");
+    let mut listener = signals.listen(&quiet).await.unwrap();
+    let count = |what: &str| {
+        let info = server.command(&["INFO", "all"]);
+        let line = info.lines().find_map(|line| line.strip_prefix(what)?.strip_prefix(':')).unwrap().to_owned();
+        line.trim().parse::<u64>().unwrap()
+    };
+    let listeners = async |topics: std::ops::Range<u32>| {
+        let listens = topics.map(|number| {
+            let signals = signals.clone();
+            async move { signals.listen(&key(&number.to_string())).await.unwrap() }
+        });
+        futures::future::join_all(listens).await
+    };
+    let many = listeners(0..600).await;
+    assert_eq!(
+        (count("pubsub_channels"), count("connected_clients")),
+        (601, 3),
+        "ours, theirs for all, and for commands"
+    );
+    drop(many);
+    server.wait_until("has forgotten the topics", |_| count("pubsub_channels") == 1);
+    let again = listeners(300..900).await;
+    signals.send(&key("899"), Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(next(&mut again.into_iter().last().unwrap()).await, Notice::Payload(Bytes::from_static(b"x")));
+    // Longer than the connection may be silent.
+    let heard = timeout(Duration::from_secs(5), listener.next()).await;
+    assert!(heard.is_err(), "{heard:?} is heard where nothing was sent or missed");
+    signals.send(&quiet, Bytes::from_static(b"x")).await.unwrap();
+    assert_eq!(next(&mut listener).await, Notice::Payload(Bytes::from_static(b"x")));
+    assert_eq!(count("connected_clients"), 3);
 }
 
 /// Two who want one lease again and again; each tells of the times during which it believed to hold it.

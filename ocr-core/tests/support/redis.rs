@@ -4,7 +4,13 @@
 //!
 //! Other crates' tests take it in by its path: `#[path = "../../ocr-core/tests/support/redis.rs"] mod redis;`
 
-#![allow(dead_code, clippy::unwrap_used, reason = "no test uses all of it; what fails here fails the test")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    clippy::unwrap_used,
+    reason = "no test uses all of it; what fails here fails the test"
+)]
 
 use std::{
     fmt::Write as _,

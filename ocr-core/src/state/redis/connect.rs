@@ -365,7 +365,7 @@ impl Connector {
     /// Sends a command that may be sent twice, again over new connections while there is time.
     pub(super) async fn read(&self, command: &Cmd) -> Result<Value> {
         let deadline = self.deadline();
-        let mut pause = PAUSE;
+        let (mut pause, mut again) = (PAUSE, false);
         loop {
             let link = self.link(deadline).await.map_err(|fault| fault.error)?;
             self.touch(&link);
@@ -382,10 +382,12 @@ impl Connector {
                 let error = fault.error;
                 return Err(if error.retry() == Retry::Ambiguous { error.with_retry(Retry::Safe) } else { error });
             }
-            if !fault.relink {
+            // New connections are tried at once, but not again and again.
+            if !fault.relink || again {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(MAX_PAUSE);
             }
+            again = true;
         }
     }
 }
