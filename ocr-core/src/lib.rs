@@ -60,6 +60,7 @@
 pub mod compute;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod credentials;
 pub mod error;
 pub mod exec;
 pub mod guest;
@@ -72,6 +73,8 @@ pub mod network;
 pub mod package;
 pub mod queue;
 pub mod signal;
+#[cfg(feature = "ssh")]
+pub mod ssh;
 pub mod state;
 
 pub use compute::{
