@@ -35,3 +35,19 @@ impl SshGuest {
         self.accounts.pool.connections()
     }
 }
+
+impl SshGuest {
+    pub async fn guest_info(&self, vm: VmId) -> Result<GuestInfo> {
+        let acting = self.accounts.acting(vm, None, "username").await?;
+        // The connection may be an old one: ask the guest itself.
+        let argv = ["/bin/sh", "-c", "echo ready"].map(str::to_owned);
+        acting.run(&argv, Bytes::new(), 1 << 20, Instant::now() + Duration::from_secs(15)).await?;
+        Ok(GuestInfo {
+            agent_version: acting.session.version.clone(),
+            can_exec: true,
+            can_files: true,
+            os_family: OsFamily::Linux,
+            os_name: acting.login.os_name.clone(),
+        })
+    }
+}

@@ -149,14 +149,9 @@ impl Guest {
         text("etc/nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files\n", 0o644);
         text("etc/hosts", "127.0.0.1 localhost\n", 0o644);
         text("etc/os-release", "ID=debian\nPRETTY_NAME=\"Debian for tests\"\n", 0o644);
-        for service in ["sshd", "su", "other"] {
-            text(
-                &format!("etc/pam.d/{service}"),
-                "auth sufficient pam_rootok.so\nauth required pam_unix.so\naccount required pam_unix.so\n\
-                 session required pam_permit.so\npassword required pam_deny.so\n",
-                0o644,
-            );
-        }
+        let rules = "auth required pam_unix.so\naccount required pam_unix.so\nsession required pam_permit.so\n";
+        text("etc/pam.d/other", rules, 0o644);
+        text("etc/pam.d/su", &format!("auth sufficient pam_rootok.so\n{rules}"), 0o644);
         for file in ["etc/ld.so.cache", "etc/ld.so.conf"] {
             if let Ok(content) = fs::read(Path::new("/").join(file)) {
                 fs::write(root.join(file), content).unwrap();
@@ -268,6 +263,66 @@ fn fresh_address() -> IpAddr {
     Ipv4Addr::new(127, a.max(1), b, c.clamp(1, 254)).into()
 }
 
+/// Carries connections to a server, until it is told to cut them or to fall silent.
+pub(crate) struct Wire {
+    pub(crate) at: SocketAddr,
+    state: tokio::sync::watch::Sender<WireState>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WireState {
+    /// It carries.
+    Fine,
+    /// Connections are closed, and new ones too.
+    Cut,
+    /// Nothing is carried, and nothing is closed.
+    Silent,
+}
+
+impl Wire {
+    pub(crate) async fn to(server: SocketAddr) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let (state, seen) = tokio::sync::watch::channel(WireState::Fine);
+        let task = tokio::spawn(async move {
+            let mut carried = tokio::task::JoinSet::new();
+            while let Ok((near, _)) = listener.accept().await {
+                carried.spawn(carry(near, server, seen.clone()));
+            }
+        });
+        Self { at, state, task }
+    }
+
+    pub(crate) fn set(&self, state: WireState) {
+        self.state.send(state).unwrap();
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn carry(mut near: tokio::net::TcpStream, server: SocketAddr, mut state: tokio::sync::watch::Receiver<WireState>) {
+    if *state.borrow() == WireState::Cut {
+        return;
+    }
+    let Ok(mut far) = tokio::net::TcpStream::connect(server).await else { return };
+    loop {
+        let now = *state.borrow_and_update();
+        match now {
+            WireState::Cut => return,
+            WireState::Silent => drop(state.changed().await),
+            WireState::Fine => tokio::select! {
+                _ = tokio::io::copy_bidirectional(&mut near, &mut far) => return,
+                _ = state.changed() => {}
+            },
+        }
+    }
+}
+
 /// A port that is free now, for guests at addresses of their own.
 pub(crate) fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -345,7 +400,8 @@ impl ComputeBackend for Cloud {
                 guest.power_on();
                 guest
             });
-            self.guests.lock().unwrap().insert(vm.id, Arc::new(Mutex::new(guest.await.unwrap())));
+            let guest = guest.await.unwrap();
+            self.guests.lock().unwrap().insert(vm.id, Arc::new(Mutex::new(guest)));
         }
         Ok(self.seen(vm))
     }

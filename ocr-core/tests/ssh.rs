@@ -1,0 +1,288 @@
+//! SSH against real OpenSSH servers: logins, host keys, jump hosts, cut connections.
+#![cfg(feature = "ssh")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests: a fault ends them, and what is ignored is told")]
+
+mod ssh_rig;
+
+use std::{sync::Arc, time::Duration};
+
+use ocr_core::{
+    ErrorKind, Retry, StateStore, VmId,
+    credentials::{CredentialSink, Credentials, MemoryCredentials},
+    error::reason,
+    memory::MemoryState,
+    ssh::{ComputeAddresses, Endpoint, HostKeys, Jump, SshConfig, SshGuest},
+};
+use ssh_rig::{BOOT, Cloud, Keys, PASSWORD, Setup, ignored};
+
+/// A cloud of guests, and what acts in them.
+struct Rig {
+    cloud: Cloud,
+    store: Arc<MemoryState>,
+    book: Arc<MemoryCredentials>,
+}
+
+impl Rig {
+    fn new(setup: Setup, root: Option<Credentials>) -> Self {
+        Self { cloud: Cloud::new(setup), store: Arc::default(), book: Arc::new(MemoryCredentials::new(root)) }
+    }
+
+    fn guest(&self, config: &SshConfig) -> SshGuest {
+        let addresses = ComputeAddresses::new(Arc::new(self.cloud.clone())).with_port(self.cloud.port);
+        SshGuest::new(Arc::new(addresses), self.book.clone(), HostKeys::new(self.store.clone()), config)
+    }
+
+    /// A machine whose SSH server answers.
+    async fn machine(&self, name: &str) -> VmId {
+        let vm = self.cloud.machine(name).await;
+        self.cloud.with(vm, |guest| guest.wait()).await;
+        vm
+    }
+}
+
+fn config() -> SshConfig {
+    SshConfig { connect_limit: BOOT, login_grace: Duration::ZERO, ..SshConfig::default() }
+}
+
+fn root(key: &str) -> Credentials {
+    Credentials::of("root").with_private_key(key.to_owned())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_in_any_usual_form_opens_the_guest() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let made = [
+        keys.ed25519("ed25519"),
+        keys.make("ecdsa", &["-t", "ecdsa", "-N", ""]),
+        keys.make("rsa", &["-t", "rsa", "-b", "2048", "-N", ""]),
+        keys.make("rsa-pem", &["-t", "rsa", "-b", "2048", "-m", "PEM", "-N", ""]),
+        keys.make("rsa-pkcs8", &["-t", "rsa", "-b", "2048", "-m", "PKCS8", "-N", ""]),
+        keys.make("ecdsa-pem", &["-t", "ecdsa", "-m", "PEM", "-N", ""]),
+        keys.make("ecdsa-pkcs8", &["-t", "ecdsa", "-m", "PKCS8", "-N", ""]),
+    ];
+    let setup = Setup { authorized: made.iter().map(|(_, public)| public.clone()).collect(), config: Vec::new() };
+    let rig = Rig::new(setup, None);
+    let vm = rig.machine("a").await;
+    for (text, public) in &made {
+        rig.book.remember(vm, root(text)).await.unwrap();
+        let info = rig.guest(&config()).guest_info(vm).await;
+        let info = info.unwrap_or_else(|error| panic!("{public}: {error}\n{text}"));
+        assert!(info.agent_version.starts_with("SSH-2.0-OpenSSH"), "{info:?}");
+        assert_eq!(info.os_name, "Debian for tests");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_with_a_passphrase_or_no_key_at_all_is_refused_before_anything_is_sent() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let (_, public) = keys.ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public), None);
+    let vm = rig.machine("a").await;
+    let guarded = [
+        keys.make("openssh", &["-t", "ed25519", "-N", "secret"]).0,
+        keys.make("pem", &["-t", "rsa", "-m", "PEM", "-N", "secret"]).0,
+        keys.make("pkcs8", &["-t", "ecdsa", "-m", "PKCS8", "-N", "secret"]).0,
+    ];
+    for text in &guarded {
+        rig.book.remember(vm, root(text)).await.unwrap();
+        let error = rig.guest(&config()).guest_info(vm).await.unwrap_err();
+        assert_eq!((error.kind(), error.retry()), (ErrorKind::Invalid, Retry::Never), "{error}");
+        assert!(error.message().contains("passphrase"), "{error}\n{text}");
+    }
+    for (text, word) in [(public.as_str(), "public key"), ("canary", "no private key")] {
+        rig.book.remember(vm, root(text)).await.unwrap();
+        let error = rig.guest(&config()).guest_info(vm).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.message().contains(word) && !format!("{error:?}").contains("canary"), "{error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_key_is_denied_and_the_error_says_what_the_server_takes() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let rig = Rig::new(Setup::with_key(&keys.ed25519("good").1), Some(root(&keys.ed25519("wrong").0)));
+    let vm = rig.machine("a").await;
+    let error = rig.guest(&config()).guest_info(vm).await.unwrap_err();
+    assert_eq!((error.kind(), error.retry()), (ErrorKind::Denied, Retry::Never), "{error}");
+    for word in ["root", "refused the private key", "takes publickey"] {
+        assert!(error.message().contains(word), "{word} in {error}");
+    }
+    // A guest that still boots may learn the account in a moment.
+    let grace = SshConfig { login_grace: BOOT, ..config() };
+    let error = rig.guest(&grace).guest_info(vm).await.unwrap_err();
+    assert_eq!((error.kind(), error.reason()), (ErrorKind::Unavailable, Some(reason::AGENT_NOT_READY)), "{error}");
+    assert_eq!(error.retry(), Retry::Safe, "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_password_opens_the_guest_by_either_method() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let (wrong, _) = keys.ed25519("wrong");
+    for (line, also) in [
+        ("PasswordAuthentication yes", "UsePAM no"),
+        ("KbdInteractiveAuthentication yes", "UsePAM yes"),
+    ] {
+        let setup = Setup { authorized: Vec::new(), config: vec![line.to_owned(), also.to_owned()] };
+        let rig = Rig::new(setup, Some(Credentials::of("root").with_password(PASSWORD.to_owned())));
+        let vm = rig.machine("a").await;
+        let log = |rig: &Rig| rig.cloud.guest(vm).lock().unwrap().log();
+        rig.guest(&config()).guest_info(vm).await.unwrap_or_else(|error| panic!("{line}: {error}\n{}", log(&rig)));
+        // After a key that is refused, on the same connection.
+        let both = rig_of(&rig, root(&wrong).with_password(PASSWORD.to_owned()));
+        both.guest(&config()).guest_info(vm).await.unwrap_or_else(|error| panic!("{line}: {error}"));
+        let bad = rig_of(&rig, Credentials::of("root").with_password("canary-wrong".to_owned()));
+        let error = bad.guest(&config()).guest_info(vm).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied, "{line}: {error}");
+        assert!(error.message().contains("refused the password"), "{line}: {error}");
+        assert!(!format!("{error:?}").contains("canary"), "{error:?}");
+    }
+}
+
+/// The same guests with other credentials.
+fn rig_of(rig: &Rig, root: Credentials) -> Rig {
+    Rig { cloud: rig.cloud.clone(), store: Arc::clone(&rig.store), book: Arc::new(MemoryCredentials::new(Some(root))) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_and_then_a_password_are_given_to_a_server_that_wants_both() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let (key, public) = keys.ed25519("good");
+    let setup = Setup::with_key(&public)
+        .config("PasswordAuthentication yes")
+        .config("AuthenticationMethods publickey,password");
+    let rig = Rig::new(setup, Some(root(&key).with_password(PASSWORD.to_owned())));
+    let vm = rig.machine("a").await;
+    rig.guest(&config()).guest_info(vm).await.unwrap();
+    let error = rig_of(&rig, root(&key)).guest(&config()).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(error.message().contains("takes password"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_host_key_is_pinned_at_first_contact_and_another_one_is_refused() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let (key, public) = keys.ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+    let vm = rig.machine("a").await;
+    // Several first contacts at once agree on one key.
+    let contacts = (0..4).map(|_| {
+        let guest = rig.guest(&config());
+        tokio::spawn(async move { guest.guest_info(vm).await })
+    });
+    for contact in contacts.collect::<Vec<_>>() {
+        contact.await.unwrap().unwrap();
+    }
+    let pins = rig.store.list("ssh_pin/", None, 10).await.unwrap();
+    assert_eq!(pins.len(), 1, "{pins:?}");
+    let stored = String::from_utf8(pins[0].1.value.to_vec()).unwrap();
+    assert!(stored.contains("ssh-ed25519 AAAA"), "{stored}");
+    // The same machine after a reboot, with the same disk.
+    rig.cloud.with(vm, |guest| (guest.power_off(), guest.power_on(), guest.wait())).await;
+    rig.guest(&config()).guest_info(vm).await.unwrap();
+    // Another machine in its place.
+    rig.cloud.with(vm, |guest| (guest.power_off(), guest.renew_host_keys(), guest.power_on(), guest.wait())).await;
+    let error = rig.guest(&config()).guest_info(vm).await.unwrap_err();
+    assert_eq!((error.kind(), error.retry()), (ErrorKind::Denied, Retry::Never), "{error}");
+    for word in ["pinned SHA256:", "shown SHA256:", "remove the record", pins[0].0.as_str()] {
+        assert!(error.message().contains(word), "{word} in {error}");
+    }
+    // It was let in by nobody: the server never saw an account.
+    let log = rig.cloud.guest(vm).lock().unwrap().log();
+    let after = log.rsplit("Server listening").next().unwrap();
+    assert!(!after.contains("Accepted"), "{after}");
+    HostKeys::new(rig.store.clone()).forget(vm).await.unwrap();
+    rig.guest(&config()).guest_info(vm).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_shows_a_key_of_another_kind_must_have_the_pinned_one_too() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let (key, public) = keys.ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public).config("HostKeyAlgorithms ecdsa-sha2-nistp256"), Some(root(&key)));
+    let vm = rig.machine("a").await;
+    rig.guest(&config()).guest_info(vm).await.unwrap();
+    let restart = |line: &'static str| {
+        rig.cloud.with(vm, move |guest| {
+            guest.power_off();
+            let file = guest.root().join("etc/ssh/sshd_config");
+            let text = std::fs::read_to_string(&file).unwrap();
+            let rest: Vec<_> = text.lines().filter(|line| !line.starts_with("HostKeyAlgorithms")).collect();
+            std::fs::write(&file, format!("{line}\n{}\n", rest.join("\n"))).unwrap();
+            guest.power_on();
+            guest.wait();
+        })
+    };
+    // Of two kinds, where we like the other one better.
+    restart("HostKeyAlgorithms ssh-ed25519,ecdsa-sha2-nistp256").await;
+    rig.guest(&config()).guest_info(vm).await.unwrap();
+    restart("HostKeyAlgorithms ssh-ed25519").await;
+    let error = rig.guest(&config()).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(error.message().contains("another kind"), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_jump_host_is_gone_through_and_its_key_is_pinned_too() {
+    if ignored() {
+        return;
+    }
+    let keys = Keys::new();
+    let ((key, public), (jump_key, jump_public)) = (keys.ed25519("guest"), keys.ed25519("jump"));
+    let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+    let vm = rig.machine("a").await;
+    let jumps = Cloud::new(Setup::with_key(&jump_public));
+    let jump = jumps.machine("jump").await;
+    jumps.with(jump, |guest| guest.wait()).await;
+    let at = jumps.guest(jump).lock().unwrap().at;
+    let user = Credentials::of("user").with_private_key(jump_key);
+    let through = |credentials: &Credentials| SshConfig {
+        jump: Some(Jump { at: Endpoint::new(at.ip().to_string(), at.port()), credentials: credentials.clone() }),
+        ..config()
+    };
+    rig.guest(&through(&user)).guest_info(vm).await.unwrap();
+    let pins = rig.store.list("ssh_pin/jump/", None, 10).await.unwrap();
+    assert_eq!(pins.len(), 1, "{pins:?}");
+    // The guest saw the jump host's connection: both are on this machine, but the log of the jump host has it.
+    let log = jumps.guest(jump).lock().unwrap().log();
+    assert!(log.contains("Accepted publickey for user"), "{log}");
+
+    let error = rig.guest(&through(&Credentials::of("user"))).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(error.message().contains("jump host"), "{error}");
+    // The jump host is there and the guest is not.
+    rig.cloud.with(vm, |guest| guest.power_off()).await;
+    let error = rig.guest(&through(&user)).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.reason(), Some(reason::AGENT_NOT_READY), "{error}");
+    assert!(error.message().contains("jump host"), "{error}");
+    // A jump host that may not forward.
+    rig.cloud.with(vm, |guest| (guest.power_on(), guest.wait())).await;
+    let closed = Cloud::new(Setup::with_key(&jump_public).config("AllowTcpForwarding no"));
+    let jump = closed.machine("closed").await;
+    closed.with(jump, |guest| guest.wait()).await;
+    let at = closed.guest(jump).lock().unwrap().at;
+    let jump = Jump { at: Endpoint::new(at.ip().to_string(), at.port()), credentials: user };
+    let error = rig.guest(&SshConfig { jump: Some(jump), ..config() }).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(error.message().contains("AllowTcpForwarding"), "{error}");
+}
