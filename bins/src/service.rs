@@ -60,7 +60,11 @@ impl Service {
             packages: Arc::new(LocalFolder::new(packages)),
             scheduler: scheduler.clone(),
         };
-        self.executor = Some((Executor::new(parts, config), scheduler));
+        let executor = match &backends.credentials {
+            None => Executor::new(parts, config),
+            Some(credentials) => Executor::with_credentials(parts, config, credentials.clone()),
+        };
+        self.executor = Some((executor, scheduler));
         self
     }
 

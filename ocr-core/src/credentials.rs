@@ -98,7 +98,7 @@ pub trait CredentialSink: fmt::Debug + Send + Sync + 'static {
     /// `Invalid` when the user's name can be none; when they cannot be kept.
     async fn remember(&self, vm: VmId, credentials: Credentials) -> Result<()>;
 
-    /// Forgets all of a machine that is gone.
+    /// Forgets all of a machine, such as one that is gone.
     ///
     /// # Errors
     /// When they cannot be forgotten.

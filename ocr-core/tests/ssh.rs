@@ -7,7 +7,7 @@ mod ssh_rig;
 use std::{sync::Arc, time::Duration};
 
 use ocr_core::{
-    ErrorKind, Retry, StateStore, VmId,
+    ErrorKind, GuestExec, Retry, StateStore, VmId,
     credentials::{CredentialSink, Credentials, MemoryCredentials},
     error::reason,
     memory::MemoryState,

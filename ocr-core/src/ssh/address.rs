@@ -116,15 +116,24 @@ impl ComputeAddresses {
     /// `Invalid` when something else is in braces, or nothing at all.
     pub fn with_pattern(mut self, pattern: impl Into<String>) -> Result<Self> {
         let pattern = pattern.into();
-        let rest = PLACES.iter().fold(pattern.clone(), |rest, place| rest.replace(place, ""));
+        Self::check_pattern(&pattern)?;
+        self.pattern = Some(pattern);
+        Ok(self)
+    }
+
+    /// Checks a pattern for [`ComputeAddresses::with_pattern`].
+    ///
+    /// # Errors
+    /// `Invalid` when something else is in braces, or nothing at all.
+    pub fn check_pattern(pattern: &str) -> Result<()> {
+        let rest = PLACES.iter().fold(pattern.to_owned(), |rest, place| rest.replace(place, ""));
         if rest == pattern || rest.contains(['{', '}', '/', '@', ' ']) {
             return Err(Error::invalid(
                 "pattern",
-                format_args!("wants a host name with {}, got {}", PLACES.join(", "), shown(&pattern)),
+                format_args!("wants a host name with {}, got {}", PLACES.join(", "), shown(pattern)),
             ));
         }
-        self.pattern = Some(pattern);
-        Ok(self)
+        Ok(())
     }
 
     fn host(&self, vm: &Vm) -> Option<String> {

@@ -13,7 +13,7 @@ use super::{
     session::{Session, denied},
 };
 use crate::{
-    Error, Result, VmId,
+    Error, Result, Retry, VmId,
     credentials::{CredentialSource, Credentials},
     guest::check_guest_path,
     id::shown,
@@ -143,13 +143,36 @@ impl Accounts {
         }
     }
 
+    /// Runs a program, over another connection when the first has gone stale.
+    ///
+    /// # Errors
+    /// Those of [`Accounts::acting`] and [`run::run`].
+    pub(super) async fn run(
+        &self,
+        vm: VmId,
+        as_whom: (Option<&str>, &str),
+        argv: impl Fn(&Acting) -> Vec<String>,
+        stdin: &Bytes,
+        limit_bytes: usize,
+        until: Instant,
+    ) -> Result<(Acting, Ended)> {
+        let mut again = true;
+        loop {
+            let acting = self.acting(vm, as_whom.0, as_whom.1).await?;
+            match acting.run(&argv(&acting), stdin.clone(), limit_bytes, until).await {
+                Err(error) if again && error.retry() == Retry::Safe => again = false,
+                ended => return Ok((acting, ended?)),
+            }
+        }
+    }
+
     async fn login(&self, vm: VmId, credentials: &Credentials, with_sudo: bool) -> Result<Acting> {
         let session = self.pool.session(vm, credentials).await?;
         let look = async {
             let until = Instant::now() + LOOK_LIMIT;
             let argv = ["/bin/sh".to_owned(), "-c".to_owned(), LOOK.to_owned()];
             let order = Order { line: line(&argv, with_sudo), stdin: Bytes::new(), limit_bytes: LOOK_BYTES, until };
-            let ended = run::run(&session, &order).await.map_err(|error| error.with_retry(crate::Retry::Safe))?;
+            let ended = run::run(&session, &order).await.map_err(|error| error.with_retry(Retry::Safe))?;
             check_sudo(&ended, with_sudo, &session)?;
             Login::of(&ended, &session)
         };

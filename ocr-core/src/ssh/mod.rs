@@ -12,6 +12,7 @@ mod guest;
 mod key;
 mod login;
 mod pin;
+mod posix;
 mod pool;
 mod run;
 mod session;

@@ -13,6 +13,9 @@ use crate::{Error, Result, Retry, error::reason};
 /// How long the rest may take of a command that has ended: something that it left behind may hold its outputs.
 const AFTER_END: Duration = Duration::from_secs(5);
 
+/// How long a server may take to begin a command. One that takes longer is out of reach; no command is lost then.
+const BEGIN_LIMIT: Duration = Duration::from_secs(10);
+
 /// What a command gets and may give.
 #[derive(Debug)]
 pub(super) struct Order {
@@ -66,7 +69,8 @@ pub(super) async fn run(session: &Arc<Session>, order: &Order) -> Result<Ended> 
 async fn run_inner(session: &Arc<Session>, order: &Order) -> Result<Ended> {
     let closed = |_| Error::internal("the places of a connection are closed");
     let _place = session.channels.acquire().await.map_err(closed)?;
-    let channel = session.open().await.map_err(|cause| {
+    let opened = tokio::time::timeout(BEGIN_LIMIT, session.open()).await;
+    let channel = opened.map_err(|_| russh::Error::ConnectionTimeout).flatten().map_err(|cause| {
         // The server may be full, or the connection gone; neither is of use to others now.
         session.taint();
         not_ready(format!("the SSH server takes no further command from {}", session.name)).with_source(cause)
