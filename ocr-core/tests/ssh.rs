@@ -4,16 +4,19 @@
 
 mod ssh_rig;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use ocr_core::{
-    ErrorKind, GuestExec, Retry, StateStore, VmId,
+    ErrorKind, ExecRequest, GuestExec, GuestExecExt, PutFile, Retry, StateStore, VmId,
     credentials::{CredentialSink, Credentials, MemoryCredentials},
     error::reason,
     memory::MemoryState,
-    ssh::{ComputeAddresses, Endpoint, HostKeys, Jump, SshConfig, SshGuest},
+    ssh::{Addresses, ComputeAddresses, Endpoint, HostKeys, Jump, SshConfig, SshGuest},
 };
-use ssh_rig::{BOOT, Cloud, Keys, PASSWORD, Setup, ignored};
+use ssh_rig::{BOOT, Cloud, Keys, PASSWORD, Setup, Wire, WireState, ignored};
 
 /// A cloud of guests, and what acts in them.
 struct Rig {
@@ -285,4 +288,261 @@ async fn a_jump_host_is_gone_through_and_its_key_is_pinned_too() {
     let error = rig.guest(&SshConfig { jump: Some(jump), ..config() }).guest_info(vm).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
     assert!(error.message().contains("AllowTcpForwarding"), "{error}");
+}
+
+/// A machine behind a wire, and what acts in it.
+struct Wired {
+    rig: Rig,
+    vm: VmId,
+    wire: Wire,
+}
+
+#[derive(Debug)]
+struct Fixed(Endpoint);
+
+#[async_trait::async_trait]
+impl Addresses for Fixed {
+    async fn locate(&self, _vm: VmId) -> ocr_core::Result<Endpoint> {
+        Ok(self.0.clone())
+    }
+}
+
+impl Wired {
+    async fn new() -> Self {
+        let (key, public) = Keys::new().ed25519("good");
+        let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+        let vm = rig.machine("a").await;
+        let at = rig.cloud.guest(vm).lock().unwrap().at;
+        Self { rig, vm, wire: Wire::to(at).await }
+    }
+
+    fn guest(&self, config: &SshConfig) -> SshGuest {
+        let at = Endpoint::new(self.wire.at.ip().to_string(), self.wire.at.port());
+        SshGuest::new(Arc::new(Fixed(at)), self.rig.book.clone(), HostKeys::new(self.rig.store.clone()), config)
+    }
+
+    /// Waits until a file is in the guest, seen from outside.
+    async fn appears(&self, path: &str) {
+        let file = self.rig.cloud.guest(self.vm).lock().unwrap().root().join(path);
+        let end = Instant::now() + BOOT;
+        while !file.exists() {
+            assert!(Instant::now() < end, "{path} does not appear");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn read(&self, path: &str) -> String {
+        std::fs::read_to_string(self.rig.cloud.guest(self.vm).lock().unwrap().root().join(path)).unwrap()
+    }
+}
+
+/// Runs once, says so in a file, and ends when it is told to.
+const LONG: &str = "echo run >> /tmp/runs; until [ -e /tmp/go ]; do sleep 0.05; done; echo done";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_whose_connection_is_cut_is_not_run_again_and_its_result_is_fetched() {
+    if ignored() {
+        return;
+    }
+    let wired = Wired::new().await;
+    // A connection that is closed, and one that only falls silent.
+    for state in [WireState::Cut, WireState::Silent] {
+        let guest = wired.guest(&SshConfig { keepalive: Duration::from_millis(200), keepalive_max: 2, ..config() });
+        let request = ExecRequest::shell(LONG);
+        let vm = wired.vm;
+        let run = tokio::spawn(async move { guest.exec(vm, &request).await });
+        wired.appears("tmp/runs").await;
+        wired.wire.set(state);
+        // It ends while nobody is connected.
+        let root = wired.rig.cloud.guest(vm).lock().unwrap().root().to_owned();
+        std::fs::write(root.join("tmp/go"), "").unwrap();
+        let ended = |root: &std::path::Path| {
+            let results = std::fs::read_dir(root.join("var/lib/ocr/ops")).unwrap().flatten();
+            let mut results = results.filter(|file| file.path().extension().is_some_and(|name| name == "result"));
+            results.any(|file| std::fs::read_to_string(file.path()).unwrap().starts_with("done"))
+        };
+        let end = Instant::now() + BOOT;
+        while !ended(&root) {
+            assert!(Instant::now() < end, "the command does not end");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(!run.is_finished(), "{state:?}: a result came over a wire that carries nothing");
+        wired.wire.set(WireState::Fine);
+        let output = run.await.unwrap().unwrap();
+        assert_eq!((output.exit_code, output.stdout.as_ref()), (0, b"done\n".as_ref()), "{state:?}");
+        assert_eq!(wired.read("tmp/runs"), "run\n", "{state:?}");
+        std::fs::remove_file(root.join("tmp/runs")).unwrap();
+        std::fs::remove_file(root.join("tmp/go")).unwrap();
+        std::fs::remove_dir_all(root.join("var/lib/ocr/ops")).unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_went_stale_costs_one_more_and_no_error() {
+    if ignored() {
+        return;
+    }
+    let wired = Wired::new().await;
+    let guest = wired.guest(&config());
+    guest.shell(wired.vm, "true").await.unwrap();
+    wired.wire.set(WireState::Cut);
+    wired.wire.set(WireState::Fine);
+    assert_eq!(guest.shell(wired.vm, "echo here").await.unwrap().stdout, "here\n");
+    assert_eq!(guest.connections(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_never_answers_is_not_ready_within_the_connect_limit() {
+    if ignored() {
+        return;
+    }
+    let wired = Wired::new().await;
+    let guest = wired.guest(&SshConfig { connect_limit: Duration::from_millis(500), ..config() });
+    wired.wire.set(WireState::Silent);
+    let begin = Instant::now();
+    let error = guest.shell(wired.vm, "true").await.unwrap_err();
+    assert_eq!((error.reason(), error.retry()), (Some(reason::AGENT_NOT_READY), Retry::Safe), "{error}");
+    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    wired.wire.set(WireState::Fine);
+    guest.guest_info(wired.vm).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_past_its_deadline_is_ended_also_while_the_connection_is_away() {
+    if ignored() {
+        return;
+    }
+    let wired = Wired::new().await;
+    let guest = wired.guest(&config());
+    let line = "echo $$ > /tmp/pid; sleep 600; sleep 601";
+    let request = ExecRequest { deadline: Duration::from_secs(2), ..ExecRequest::shell(line) };
+    let run = guest.exec(wired.vm, &request);
+    let cut = async {
+        wired.appears("tmp/pid").await;
+        wired.wire.set(WireState::Cut);
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        wired.wire.set(WireState::Fine);
+    };
+    let (error, ()) = tokio::join!(run, cut);
+    let error = error.unwrap_err();
+    assert_eq!((error.kind(), error.retry()), (ErrorKind::TimedOut, Retry::Never), "{error}");
+    let left = guest.shell(wired.vm, "kill -0 $(cat /tmp/pid) 2>/dev/null && echo alive; true").await.unwrap();
+    assert_eq!(left.stdout, "", "the command still runs");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_bounded_shared_and_closed_when_idle() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+    let mut machines = Vec::new();
+    for number in 0..6 {
+        machines.push(rig.machine(&format!("m{number}")).await);
+    }
+    let guest = rig.guest(&SshConfig { max_connections: 2, idle_limit: Duration::from_millis(400), ..config() });
+    // Far more than there are places, and several on each machine.
+    let runs: Vec<_> = (0..24)
+        .map(|number| {
+            let (guest, vm) = (guest.clone(), machines[number % machines.len()]);
+            tokio::spawn(async move {
+                let output = guest.shell(vm, &format!("sleep 0.1; echo {number}")).await?;
+                assert!(guest.connections() <= 2, "{} connections", guest.connections());
+                assert_eq!(output.stdout, format!("{number}\n"));
+                ocr_core::Result::<()>::Ok(())
+            })
+        })
+        .collect();
+    for run in runs {
+        run.await.unwrap().unwrap();
+    }
+    let end = Instant::now() + BOOT;
+    while guest.connections() > 0 {
+        assert!(Instant::now() < end, "idle connections stay");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    // All that is used at once, and nothing becomes free in time.
+    let busy = rig.guest(&SshConfig { max_connections: 1, connect_limit: Duration::from_secs(2), ..config() });
+    let (holder, vm) = (busy.clone(), machines[0]);
+    let hold = tokio::spawn(async move { holder.shell(vm, "touch /tmp/held; sleep 6").await });
+    let held = rig.cloud.guest(vm).lock().unwrap().root().join("tmp/held");
+    while !held.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let error = busy.shell(machines[1], "true").await.unwrap_err();
+    assert_eq!((error.reason(), error.retry()), (Some(reason::AGENT_NOT_READY), Retry::Safe), "{error}");
+    assert!(error.message().contains("SSH connection"), "{error}");
+    // The same machine is served over the connection that there is.
+    busy.shell(machines[0], "true").await.unwrap();
+    hold.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_goes_away_leaves_no_channel_behind() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+    let vm = rig.machine("a").await;
+    let guest = rig.guest(&config());
+    guest.guest_info(vm).await.unwrap();
+    // More than a server lets a connection have.
+    for _ in 0..25 {
+        let call = guest.shell(vm, "sleep 2");
+        let _ = tokio::time::timeout(Duration::from_millis(100), call).await;
+    }
+    assert_eq!(guest.shell(vm, "echo fine").await.unwrap().stdout, "fine\n");
+    assert_eq!(guest.connections(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_with_credentials_of_its_own_logs_in_where_nobody_is_root() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let setup = Setup::with_key(&public).config("PermitRootLogin no");
+    let rig = Rig::new(setup, None);
+    let vm = rig.machine("a").await;
+    let guest = rig.guest(&config());
+    let as_user = |user: &str| ExecRequest { user: Some(user.to_owned()), ..ExecRequest::shell("id -un; pwd") };
+    let error = guest.exec(vm, &as_user("user")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+    let error = guest.guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    rig.book.remember(vm, Credentials::of("user").with_private_key(key)).await.unwrap();
+    let output = guest.exec(vm, &as_user("user")).await.unwrap();
+    assert_eq!(output.stdout, "user\n/\n", "{output:?}");
+    // It is the only account, so it manages the machine too.
+    let file = PutFile { owner: Some("user".to_owned()), mode: Some(0o600), ..PutFile::new("/tmp/f", "content") };
+    guest.put_file(vm, &file).await.unwrap();
+    assert_eq!(guest.get_file(vm, "/tmp/f", 100).await.unwrap(), "content");
+    assert_eq!(guest.exec(vm, &as_user("root")).await.unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_account_whose_shell_greets_is_understood() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public), Some(root(&key)));
+    let vm = rig.machine("a").await;
+    // bash reads this for commands over SSH too.
+    rig.cloud
+        .with(vm, |guest| {
+            std::fs::write(guest.root().join("root/.bashrc"), "echo 'Welcome!'\necho again\n").unwrap();
+            let passwd = guest.root().join("etc/passwd");
+            let text = std::fs::read_to_string(&passwd).unwrap().replace("/root:/bin/sh", "/root:/bin/bash");
+            std::fs::write(passwd, text).unwrap();
+        })
+        .await;
+    let guest = rig.guest(&config());
+    assert_eq!(guest.guest_info(vm).await.unwrap().os_name, "Debian for tests");
+    let output = guest.shell(vm, "echo one; seq 1 200000 >&2").await.unwrap();
+    assert_eq!((output.stdout.as_ref(), output.stderr.len()), (b"one\n".as_ref(), 1_288_895));
+    guest.put_file(vm, &PutFile::new("/tmp/f", vec![7_u8; 3_000_000])).await.unwrap();
+    assert_eq!(guest.get_file(vm, "/tmp/f", 3_000_000).await.unwrap(), vec![7_u8; 3_000_000]);
 }
