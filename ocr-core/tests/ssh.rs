@@ -385,8 +385,7 @@ async fn a_connection_that_went_stale_costs_one_more_and_no_error() {
     let wired = Wired::new().await;
     let guest = wired.guest(&config());
     guest.shell(wired.vm, "true").await.unwrap();
-    wired.wire.set(WireState::Cut);
-    wired.wire.set(WireState::Fine);
+    wired.wire.cut_once().await;
     assert_eq!(guest.shell(wired.vm, "echo here").await.unwrap().stdout, "here\n");
     assert_eq!(guest.connections(), 1);
 }

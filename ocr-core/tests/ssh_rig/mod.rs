@@ -267,6 +267,7 @@ fn fresh_address() -> IpAddr {
 pub(crate) struct Wire {
     pub(crate) at: SocketAddr,
     state: tokio::sync::watch::Sender<WireState>,
+    carried: Arc<()>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -285,13 +286,29 @@ impl Wire {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = listener.local_addr().unwrap();
         let (state, seen) = tokio::sync::watch::channel(WireState::Fine);
+        let carried = Arc::new(());
+        let count = Arc::clone(&carried);
         let task = tokio::spawn(async move {
-            let mut carried = tokio::task::JoinSet::new();
+            let mut tasks = tokio::task::JoinSet::new();
             while let Ok((near, _)) = listener.accept().await {
-                carried.spawn(carry(near, server, seen.clone()));
+                let (seen, count) = (seen.clone(), Arc::clone(&count));
+                tasks.spawn(async move {
+                    carry(near, server, seen).await;
+                    drop(count);
+                });
             }
         });
-        Self { at, state, task }
+        Self { at, state, carried, task }
+    }
+
+    /// Closes all connections, and then carries new ones.
+    pub(crate) async fn cut_once(&self) {
+        self.set(WireState::Cut);
+        // Ours, and the listener's.
+        while Arc::strong_count(&self.carried) > 2 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        self.set(WireState::Fine);
     }
 
     pub(crate) fn set(&self, state: WireState) {
