@@ -66,7 +66,7 @@ async fn a_key_in_any_usual_form_opens_the_guest() {
         keys.make("ecdsa-pem", &["-t", "ecdsa", "-m", "PEM", "-N", ""]),
         keys.make("ecdsa-pkcs8", &["-t", "ecdsa", "-m", "PKCS8", "-N", ""]),
     ];
-    let setup = Setup { authorized: made.iter().map(|(_, public)| public.clone()).collect(), config: Vec::new() };
+    let setup = Setup { authorized: made.iter().map(|(_, public)| public.clone()).collect(), ..Setup::default() };
     let rig = Rig::new(setup, None);
     let vm = rig.machine("a").await;
     for (text, public) in &made {
@@ -137,7 +137,7 @@ async fn a_password_opens_the_guest_by_either_method() {
         ("PasswordAuthentication yes", "UsePAM no"),
         ("KbdInteractiveAuthentication yes", "UsePAM yes"),
     ] {
-        let setup = Setup { authorized: Vec::new(), config: vec![line.to_owned(), also.to_owned()] };
+        let setup = Setup::default().config(line).config(also);
         let rig = Rig::new(setup, Some(Credentials::of("root").with_password(PASSWORD.to_owned())));
         let vm = rig.machine("a").await;
         let log = |rig: &Rig| rig.cloud.guest(vm).lock().unwrap().log();
@@ -519,6 +519,38 @@ async fn a_user_with_credentials_of_its_own_logs_in_where_nobody_is_root() {
     guest.put_file(vm, &file).await.unwrap();
     assert_eq!(guest.get_file(vm, "/tmp/f", 100).await.unwrap(), "content");
     assert_eq!(guest.exec(vm, &as_user("root")).await.unwrap_err().kind(), ErrorKind::Invalid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sudo_makes_root_of_an_account_that_may_and_says_when_it_may_not() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let account = Credentials::of("user").with_private_key(key);
+    let setup = |rule: &str| Setup {
+        sudoers: format!("{rule}\n"),
+        ..Setup::with_key(&public).config("PermitRootLogin no")
+    };
+    let sudo = SshConfig { sudo: true, ..config() };
+    let rig = Rig::new(setup("user ALL=(ALL) NOPASSWD: ALL"), Some(account.clone()));
+    let vm = rig.machine("a").await;
+    let guest = rig.guest(&sudo);
+    let as_user = |user: Option<&str>| ExecRequest {
+        user: user.map(str::to_owned),
+        stdin: "from stdin".into(),
+        ..ExecRequest::shell("id -un; echo $HOME; cat")
+    };
+    assert_eq!(guest.exec(vm, &as_user(None)).await.unwrap().stdout, "root\n/root\nfrom stdin");
+    assert_eq!(guest.exec(vm, &as_user(Some("user"))).await.unwrap().stdout, "user\n/home/user\nfrom stdin");
+    let file = PutFile { owner: Some("user".to_owned()), ..PutFile::new("/root/f", "content") };
+    guest.put_file(vm, &file).await.unwrap();
+    assert_eq!(guest.shell(vm, "stat -c %U /root/f").await.unwrap().stdout, "user\n");
+    let rig = Rig::new(setup("user ALL=(ALL) ALL"), Some(account));
+    let vm = rig.machine("a").await;
+    let error = rig.guest(&sudo).guest_info(vm).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied, "{error}");
+    assert!(error.message().contains("sudo without a password"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,7 @@ pub(crate) fn unable() -> Option<String> {
     if !root {
         return Some("only root can start guests in namespaces".to_owned());
     }
-    for program in ["/usr/sbin/sshd", "/usr/bin/ssh-keygen", "/usr/bin/unshare", "/usr/bin/tini"] {
+    for program in ["/usr/sbin/sshd", "/usr/bin/ssh-keygen", "/usr/bin/unshare", "/usr/bin/tini", "/usr/bin/sudo"] {
         if !Path::new(program).is_file() {
             return Some(format!("there is no {program} (.ci/setup installs it)"));
         }
@@ -93,17 +93,19 @@ fn keygen(file: &Path, arguments: &[&str]) {
 }
 
 /// How a guest's SSH server behaves.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Setup {
     /// Public keys that open root and `user`.
     pub(crate) authorized: Vec<String>,
     /// Lines of its configuration; the first of each name counts.
     pub(crate) config: Vec<String>,
+    /// Who may use sudo.
+    pub(crate) sudoers: String,
 }
 
 impl Setup {
     pub(crate) fn with_key(public: &str) -> Self {
-        Self { authorized: vec![public.to_owned()], config: Vec::new() }
+        Self { authorized: vec![public.to_owned()], ..Self::default() }
     }
 
     pub(crate) fn config(mut self, line: &str) -> Self {
@@ -152,6 +154,8 @@ impl Guest {
         let rules = "auth required pam_unix.so\naccount required pam_unix.so\nsession required pam_permit.so\n";
         text("etc/pam.d/other", rules, 0o644);
         text("etc/pam.d/su", &format!("auth sufficient pam_rootok.so\n{rules}"), 0o644);
+        text("etc/pam.d/sudo", rules, 0o644);
+        text("etc/sudoers", &setup.sudoers, 0o440);
         for file in ["etc/ld.so.cache", "etc/ld.so.conf"] {
             if let Ok(content) = fs::read(Path::new("/").join(file)) {
                 fs::write(root.join(file), content).unwrap();
