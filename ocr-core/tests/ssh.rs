@@ -9,11 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::StreamExt;
 use ocr_core::{
     ErrorKind, ExecRequest, GuestExec, GuestExecExt, PutFile, Retry, StateStore, VmId,
     credentials::{CredentialSink, Credentials, MemoryCredentials},
     error::reason,
+    exec,
     memory::MemoryState,
+    package::LocalFolder,
+    queue::scheduler::{Scheduler, SchedulerConfig},
     ssh::{Addresses, ComputeAddresses, Endpoint, HostKeys, Jump, SshConfig, SshGuest},
 };
 use ssh_rig::{BOOT, Cloud, Keys, PASSWORD, Setup, Wire, WireState, ignored};
@@ -576,4 +580,43 @@ async fn an_account_whose_shell_greets_is_understood() {
     assert_eq!((output.stdout.as_ref(), output.stderr.len()), (b"one\n".as_ref(), 1_288_895));
     guest.put_file(vm, &PutFile::new("/tmp/f", vec![7_u8; 3_000_000])).await.unwrap();
     assert_eq!(guest.get_file(vm, "/tmp/f", 3_000_000).await.unwrap(), vec![7_u8; 3_000_000]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_logs_in_with_the_account_of_the_request() {
+    if ignored() {
+        return;
+    }
+    let (key, public) = Keys::new().ed25519("good");
+    let rig = Rig::new(Setup::with_key(&public).config("PermitRootLogin no"), None);
+    let vm = rig.machine("a").await;
+    let packages = tempfile::tempdir().unwrap();
+    let parts = exec::Parts {
+        guest: Arc::new(rig.guest(&config())),
+        compute: Arc::new(rig.cloud.clone()),
+        store: rig.store.clone(),
+        packages: Arc::new(LocalFolder::new(packages.path())),
+        scheduler: Scheduler::start(SchedulerConfig::default()),
+    };
+    let executor = exec::Executor::with_credentials(parts, exec::Config::default(), rig.book.clone());
+    let condition = |private_key: &str| exec::ConditionRequest {
+        name: "c".to_owned(),
+        vm,
+        account: exec::Account {
+            username: "user".to_owned(),
+            private_key: private_key.to_owned().into(),
+            ..exec::Account::default()
+        },
+        probe: exec::Probe::Command { line: "id -u".to_owned(), interval: Duration::from_secs(1) },
+        environment: Default::default(),
+    };
+    let id = executor.create_condition(condition(&key)).await.unwrap().id;
+    let mut values = executor.watch(id).await.unwrap();
+    let value = tokio::time::timeout(BOOT, values.next()).await.unwrap().unwrap().unwrap();
+    assert_eq!(value.value, 1000.0);
+    // A key is nowhere in the store.
+    let line = key.lines().nth(3).unwrap();
+    for (key, record) in rig.store.list("", None, 100).await.unwrap() {
+        assert!(!String::from_utf8_lossy(&record.value).contains(line), "{key} holds the key");
+    }
 }

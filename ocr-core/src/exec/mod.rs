@@ -19,6 +19,7 @@
 //! values and all, since it must run again after a restart of this server: who can read the store can read those.
 //! The environment of features and injects is not kept, and so their delete action runs without it. Passwords and
 //! private keys are never kept, and never reach the guest: its agent becomes the account's user by name.
+//! Where guests are logged in to instead, [`Executor::with_credentials`] hands both on, and still keeps neither.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.

@@ -151,15 +151,15 @@ impl Accounts {
         &self,
         vm: VmId,
         as_whom: (Option<&str>, &str),
-        argv: impl Fn(&Acting) -> Vec<String>,
-        stdin: &Bytes,
+        argv: &[String],
+        stdin: &[Bytes],
         limit_bytes: usize,
         until: Instant,
     ) -> Result<(Acting, Ended)> {
         let mut again = true;
         loop {
             let acting = self.acting(vm, as_whom.0, as_whom.1).await?;
-            match acting.run(&argv(&acting), stdin.clone(), limit_bytes, until).await {
+            match acting.run(argv, stdin, limit_bytes, until).await {
                 Err(error) if again && error.retry() == Retry::Safe => again = false,
                 ended => return Ok((acting, ended?)),
             }
@@ -171,7 +171,7 @@ impl Accounts {
         let look = async {
             let until = Instant::now() + LOOK_LIMIT;
             let argv = ["/bin/sh".to_owned(), "-c".to_owned(), LOOK.to_owned()];
-            let order = Order { line: line(&argv, with_sudo), stdin: Bytes::new(), limit_bytes: LOOK_BYTES, until };
+            let order = Order { line: line(&argv, with_sudo), stdin: &[], limit_bytes: LOOK_BYTES, until };
             let ended = run::run(&session, &order).await.map_err(|error| error.with_retry(Retry::Safe))?;
             check_sudo(&ended, with_sudo, &session)?;
             Login::of(&ended, &session)
@@ -198,7 +198,7 @@ impl Acting {
     pub(super) async fn run(
         &self,
         argv: &[String],
-        stdin: Bytes,
+        stdin: &[Bytes],
         limit_bytes: usize,
         until: Instant,
     ) -> Result<Ended> {

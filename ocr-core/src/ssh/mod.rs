@@ -12,7 +12,6 @@ mod guest;
 mod key;
 mod login;
 mod pin;
-mod posix;
 mod pool;
 mod run;
 mod session;

@@ -18,10 +18,10 @@ const BEGIN_LIMIT: Duration = Duration::from_secs(10);
 
 /// What a command gets and may give.
 #[derive(Debug)]
-pub(super) struct Order {
+pub(super) struct Order<'a> {
     /// A line for the account's shell.
     pub(super) line: String,
-    pub(super) stdin: Bytes,
+    pub(super) stdin: &'a [Bytes],
     /// The most of stdout and of stderr, in bytes each.
     pub(super) limit_bytes: usize,
     pub(super) until: Instant,
@@ -55,7 +55,7 @@ impl Drop for Open<'_> {
 ///
 /// # Errors
 /// [`Retry::Safe`] when it surely was not begun, otherwise [`Retry::Ambiguous`].
-pub(super) async fn run(session: &Arc<Session>, order: &Order) -> Result<Ended> {
+pub(super) async fn run(session: &Arc<Session>, order: &Order<'_>) -> Result<Ended> {
     match tokio::time::timeout_at(order.until, Box::pin(run_inner(session, order))).await {
         Ok(result) => result,
         Err(_) => {
@@ -66,7 +66,7 @@ pub(super) async fn run(session: &Arc<Session>, order: &Order) -> Result<Ended> 
     }
 }
 
-async fn run_inner(session: &Arc<Session>, order: &Order) -> Result<Ended> {
+async fn run_inner(session: &Arc<Session>, order: &Order<'_>) -> Result<Ended> {
     let closed = |_| Error::internal("the places of a connection are closed");
     let _place = session.channels.acquire().await.map_err(closed)?;
     let opened = tokio::time::timeout(BEGIN_LIMIT, session.open()).await;
@@ -93,7 +93,9 @@ async fn run_inner(session: &Arc<Session>, order: &Order) -> Result<Ended> {
     };
     asked.await?;
     let send = async {
-        open.write.data_bytes(order.stdin.clone()).await?;
+        for part in order.stdin {
+            open.write.data_bytes(part.clone()).await?;
+        }
         open.write.eof().await
     };
     let mut send = std::pin::pin!(send);
