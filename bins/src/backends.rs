@@ -11,12 +11,12 @@ use ocr_core::{
 #[cfg(feature = "ssh")]
 use ocr_core::{StateStore, credentials::MemoryCredentials, ssh};
 
+#[cfg(feature = "ssh")]
+use crate::settings::SshSettings;
 use crate::{
     cli::args::{BackendArgs, BackendKind},
     settings::LibvirtSettings,
 };
-#[cfg(feature = "ssh")]
-use crate::settings::SshSettings;
 
 /// The four traits of one place where machines are.
 #[derive(Clone, Debug)]

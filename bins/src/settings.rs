@@ -613,7 +613,9 @@ impl<'a> Reader<'a> {
             self.faults.push(format!("SSH_USER: {}", error.message()));
         }
         match (&user, password.is_some() || key.is_some()) {
-            (None, true) => self.faults.push("SSH_USER: is not set, and there is a password or a key for it".to_owned()),
+            (None, true) => {
+                self.faults.push("SSH_USER: is not set, and there is a password or a key for it".to_owned())
+            }
             (Some(_), false) => {
                 self.faults.push("SSH_USER: wants SSH_PRIVATE_KEY_FILE, SSH_PASSWORD or SSH_PASSWORD_FILE".to_owned());
             }

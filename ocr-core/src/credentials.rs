@@ -261,7 +261,8 @@ mod tests {
 
     #[test]
     fn nothing_secret_is_shown() {
-        let shown = format!("{:?} {:?}", root(), MemoryCredentials::new(Some(root().with_password("canary-2".to_owned()))));
+        let shown =
+            format!("{:?} {:?}", root(), MemoryCredentials::new(Some(root().with_password("canary-2".to_owned()))));
         assert!(!shown.contains("canary"), "{shown}");
     }
 

@@ -137,10 +137,9 @@ async fn a_password_opens_the_guest_by_either_method() {
     }
     let keys = Keys::new();
     let (wrong, _) = keys.ed25519("wrong");
-    for (line, also) in [
-        ("PasswordAuthentication yes", "UsePAM no"),
-        ("KbdInteractiveAuthentication yes", "UsePAM yes"),
-    ] {
+    for (line, also) in
+        [("PasswordAuthentication yes", "UsePAM no"), ("KbdInteractiveAuthentication yes", "UsePAM yes")]
+    {
         let setup = Setup::default().config(line).config(also);
         let rig = Rig::new(setup, Some(Credentials::of("root").with_password(PASSWORD.to_owned())));
         let vm = rig.machine("a").await;
@@ -532,10 +531,8 @@ async fn sudo_makes_root_of_an_account_that_may_and_says_when_it_may_not() {
     }
     let (key, public) = Keys::new().ed25519("good");
     let account = Credentials::of("user").with_private_key(key);
-    let setup = |rule: &str| Setup {
-        sudoers: format!("{rule}\n"),
-        ..Setup::with_key(&public).config("PermitRootLogin no")
-    };
+    let setup =
+        |rule: &str| Setup { sudoers: format!("{rule}\n"), ..Setup::with_key(&public).config("PermitRootLogin no") };
     let sudo = SshConfig { sudo: true, ..config() };
     let rig = Rig::new(setup("user ALL=(ALL) NOPASSWD: ALL"), Some(account.clone()));
     let vm = rig.machine("a").await;

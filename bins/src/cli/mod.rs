@@ -54,10 +54,11 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
             }
             let store = crate::service::open_store(&crate::settings::Store::Embedded(state.clone()))?;
             let forgotten = ocr_core::ssh::HostKeys::new(store).forget(*id).await?;
-            output.line(match forgotten {
+            let said = match forgotten {
                 ocr_core::Deletion::Deleted => "forgotten; the next contact pins the key that it finds",
                 ocr_core::Deletion::AlreadyGone => "there was no key of this machine",
-            });
+            };
+            output.line(format_args!("{said}"));
         }
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "ocr", &mut std::io::stdout());

@@ -88,7 +88,8 @@ use self::{
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
     credentials::{CredentialSink, Credentials},
-    package::PackageSource, queue::scheduler::Scheduler,
+    package::PackageSource,
+    queue::scheduler::Scheduler,
 };
 
 mod condition;
@@ -601,8 +602,7 @@ impl Inner {
             return Ok(None);
         }
         if let Some(sink) = &self.credentials {
-            let credentials =
-                Credentials::of(username.as_str()).with_password(password).with_private_key(private_key);
+            let credentials = Credentials::of(username.as_str()).with_password(password).with_private_key(private_key);
             if credentials.has_secret() {
                 sink.remember(vm, credentials).await?;
             }

@@ -4,11 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use async_trait::async_trait;
 
-use crate::{
-    ComputeBackend, Error, ErrorKind, Result, Vm, VmId, VmState,
-    error::reason,
-    id::shown,
-};
+use crate::{ComputeBackend, Error, ErrorKind, Result, Vm, VmId, VmState, error::reason, id::shown};
 
 /// Finds the address of a machine's SSH server.
 #[async_trait]
@@ -269,9 +265,7 @@ mod tests {
 
     #[test]
     fn a_range_has_a_form() {
-        let contains = |range: &str, address: &str| {
-            range.parse::<Range>().unwrap().contains(address.parse().unwrap())
-        };
+        let contains = |range: &str, address: &str| range.parse::<Range>().unwrap().contains(address.parse().unwrap());
         assert!(contains("10.1.0.0/16", "10.1.255.255") && !contains("10.1.0.0/16", "10.2.0.0"));
         assert!(contains("0.0.0.0/0", "1.2.3.4") && !contains("0.0.0.0/0", "::1"));
         assert!(contains("fd00::/8", "fd12::1") && contains("10.0.0.1", "10.0.0.1"));

@@ -122,7 +122,10 @@ impl GuestExec for SshGuest {
             let mut request = request.clone();
             for file in &mut request.files {
                 if file.owner.take().is_some_and(|other| Some(other.as_str()) != owner) {
-                    return Err(Error::invalid("owner", "files of several owners in one request want root in the guest"));
+                    return Err(Error::invalid(
+                        "owner",
+                        "files of several owners in one request want root in the guest",
+                    ));
                 }
             }
             guest.put_files(vm, &request).await

@@ -1,14 +1,14 @@
 //! Host keys, pinned at first contact.
 
-use std::{sync::Arc, time::{Duration, SystemTime, UNIX_EPOCH}};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use russh::keys::{HashAlg, PublicKey};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Deletion, Error, ErrorKind, Key, Precondition, Result, StateStore, VmId,
-    state::Versioned,
-};
+use crate::{Deletion, Error, ErrorKind, Key, Precondition, Result, StateStore, VmId, state::Versioned};
 
 /// How long a pin outlives the last contact. Machines end without anybody telling this module.
 const LIFETIME: Duration = Duration::from_secs(180 * 86_400);
@@ -93,7 +93,8 @@ impl HostKeys {
             Some((pinned, seen)) if pinned.key_data() == shown.key_data() => {
                 if now().saturating_sub(seen.0) >= REFRESH.as_secs() {
                     // Whoever loses this race has nothing to add.
-                    match self.store.put(&key, pin.into(), Precondition::Version(seen.1.version), Some(LIFETIME)).await {
+                    match self.store.put(&key, pin.into(), Precondition::Version(seen.1.version), Some(LIFETIME)).await
+                    {
                         Err(error) if error.kind() != ErrorKind::Conflict => return Err(error),
                         _ => {}
                     }
@@ -117,7 +118,8 @@ impl HostKeys {
     fn record(&self, key: &PublicKey) -> Result<Vec<u8>> {
         let mut bare = key.clone();
         bare.set_comment("");
-        let text = bare.to_openssh().map_err(|cause| Error::internal("a host key cannot be written").with_source(cause))?;
+        let text =
+            bare.to_openssh().map_err(|cause| Error::internal("a host key cannot be written").with_source(cause))?;
         serde_json::to_vec(&Pin { schema: SCHEMA, key: text, seen: now() })
             .map_err(|cause| Error::internal("a host key cannot be written").with_source(cause))
     }

@@ -143,8 +143,7 @@ impl Pool {
             Some(jump) => Some(self.jump_session(jump).await?),
         };
         let permit = self.permit().await?;
-        let session =
-            Box::pin(self.dial.connect(Host::Machine(vm), &at, credentials, through, Some(permit))).await?;
+        let session = Box::pin(self.dial.connect(Host::Machine(vm), &at, credentials, through, Some(permit))).await?;
         tracing::debug!(%vm, session = %session.name, "connected by SSH");
         let session = Arc::new(session);
         *place = Some(Arc::clone(&session));

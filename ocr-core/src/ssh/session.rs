@@ -217,7 +217,9 @@ impl Dial {
         let mut handle = handle.map_err(|fault| match fault {
             Fault::HostKey(error) => error,
             Fault::Ssh(russh::Error::NoCommonAlgo { kind: russh::AlgorithmKind::Key, .. }) if pinned.is_some() => {
-                pinned.as_ref().map_or_else(|| Error::internal("no pin"), |pinned| HostKeys::kind_is_gone(&host, pinned))
+                pinned
+                    .as_ref()
+                    .map_or_else(|| Error::internal("no pin"), |pinned| HostKeys::kind_is_gone(&host, pinned))
             }
             Fault::Ssh(cause @ russh::Error::NoCommonAlgo { .. }) => {
                 Error::unsupported(format!("the SSH server at {at} knows none of our algorithms")).with_source(cause)

@@ -134,7 +134,9 @@ impl Guest {
             fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
         };
         fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
-        for (folder, mode) in [("tmp", 0o1777), ("var/tmp", 0o1777), ("root", 0o700), ("home/user", 0o755), ("run", 0o755)] {
+        for (folder, mode) in
+            [("tmp", 0o1777), ("var/tmp", 0o1777), ("root", 0o700), ("home/user", 0o755), ("run", 0o755)]
+        {
             fs::create_dir_all(root.join(folder)).unwrap();
             fs::set_permissions(root.join(folder), fs::Permissions::from_mode(mode)).unwrap();
         }
@@ -147,7 +149,11 @@ impl Guest {
         );
         text("etc/group", "root:x:0:\nuser:x:1000:\nnogroup:x:65534:\n", 0o644);
         let hash = hashed(PASSWORD);
-        text("etc/shadow", &format!("root:{hash}:19000:0:99999:7:::\nsshd:!:19000::::::\nuser:{hash}:19000:0:99999:7:::\n"), 0o600);
+        text(
+            "etc/shadow",
+            &format!("root:{hash}:19000:0:99999:7:::\nsshd:!:19000::::::\nuser:{hash}:19000:0:99999:7:::\n"),
+            0o600,
+        );
         text("etc/nsswitch.conf", "passwd: files\ngroup: files\nshadow: files\nhosts: files\n", 0o644);
         text("etc/hosts", "127.0.0.1 localhost\n", 0o644);
         text("etc/os-release", "ID=debian\nPRETTY_NAME=\"Debian for tests\"\n", 0o644);
@@ -208,12 +214,8 @@ impl Guest {
         boot.arg(self.root()).arg("guest");
         boot.args(["-o", &format!("ListenAddress={}", self.at.ip()), "-p", &self.at.port().to_string()]);
         let console = fs::OpenOptions::new().create(true).append(true).open(self.root().join("console")).unwrap();
-        let child = unshare(boot)
-            .stdin(Stdio::piped())
-            .stdout(console.try_clone().unwrap())
-            .stderr(console)
-            .spawn()
-            .unwrap();
+        let child =
+            unshare(boot).stdin(Stdio::piped()).stdout(console.try_clone().unwrap()).stderr(console).spawn().unwrap();
         self.running = Some(child);
     }
 
@@ -255,7 +257,8 @@ fn boot_script() -> PathBuf {
 /// The password as it is in /etc/shadow.
 fn hashed(password: &str) -> String {
     let program = r#"my $p = <STDIN>; print crypt($p, "\$6\$saltsalt\$")"#;
-    let mut perl = Command::new("perl").args(["-e", program]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut perl =
+        Command::new("perl").args(["-e", program]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     io::Write::write_all(&mut perl.stdin.take().unwrap(), password.as_bytes()).unwrap();
     String::from_utf8(perl.wait_with_output().unwrap().stdout).unwrap()
 }
@@ -326,7 +329,11 @@ impl Drop for Wire {
     }
 }
 
-async fn carry(mut near: tokio::net::TcpStream, server: SocketAddr, mut state: tokio::sync::watch::Receiver<WireState>) {
+async fn carry(
+    mut near: tokio::net::TcpStream,
+    server: SocketAddr,
+    mut state: tokio::sync::watch::Receiver<WireState>,
+) {
     if *state.borrow() == WireState::Cut {
         return;
     }
