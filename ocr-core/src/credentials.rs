@@ -12,7 +12,6 @@ use std::{
 
 use async_trait::async_trait;
 use secrecy::{ExposeSecret, SecretString};
-use sha2::{Digest, Sha256};
 
 use crate::{Result, VmId, guest::check_user_name};
 
@@ -49,21 +48,6 @@ impl Credentials {
     pub fn has_secret(&self) -> bool {
         self.password.is_some() || self.private_key.is_some()
     }
-
-    /// Tells other credentials from the same ones, and nothing else: a hash, not to be shown or stored.
-    pub(crate) fn digest(&self) -> [u8; 32] {
-        let mut hash = Sha256::new();
-        for part in [Some(self.user.as_str()), secret(&self.password), secret(&self.private_key)] {
-            hash.update([u8::from(part.is_some())]);
-            hash.update(part.unwrap_or_default().len().to_le_bytes());
-            hash.update(part.unwrap_or_default());
-        }
-        hash.finalize().into()
-    }
-}
-
-fn secret(text: &Option<SecretString>) -> Option<&str> {
-    text.as_ref().map(ExposeSecret::expose_secret)
 }
 
 impl fmt::Debug for Credentials {
@@ -264,15 +248,5 @@ mod tests {
         let shown =
             format!("{:?} {:?}", root(), MemoryCredentials::new(Some(root().with_password("canary-2".to_owned()))));
         assert!(!shown.contains("canary"), "{shown}");
-    }
-
-    #[test]
-    fn other_credentials_have_another_digest() {
-        let with = |password: &str, key: &str| {
-            Credentials::of("u").with_password(password.to_owned()).with_private_key(key.to_owned()).digest()
-        };
-        assert_eq!(with("a", "b"), with("a", "b"));
-        assert_ne!(with("a", "b"), with("ab", ""));
-        assert_ne!(with("a", ""), with("", "a"));
     }
 }

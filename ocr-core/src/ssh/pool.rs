@@ -15,6 +15,7 @@ use tokio::{
 use super::{
     Jump, SshConfig,
     address::{Addresses, not_ready},
+    key,
     pin::{Host, HostKeys},
     session::{Dial, Refusal, Session, denied},
 };
@@ -112,7 +113,7 @@ impl Pool {
 
     /// A connection that is there, or a new one.
     pub(super) async fn session(self: &Arc<Self>, vm: VmId, credentials: &Credentials) -> Result<Used> {
-        let seat = self.seat((vm, credentials.digest()));
+        let seat = self.seat((vm, key::digest(credentials)));
         let late = || not_ready(format!("there is no SSH connection after {}", seconds(self.connect_limit)));
         let connected = tokio::time::timeout(self.connect_limit, self.occupy(vm, credentials, &seat));
         match connected.await.map_err(|_| late())? {
