@@ -71,7 +71,11 @@ impl Service {
             scheduler: scheduler.clone(),
             secrets,
         };
-        self.executor = Some((Executor::new(parts, config), scheduler));
+        let executor = match &backends.credentials {
+            None => Executor::new(parts, config),
+            Some(credentials) => Executor::with_credentials(parts, config, credentials.clone()),
+        };
+        self.executor = Some((executor, scheduler));
         self.queries = Some(Queries::new(packages, store, query::Config::default()));
         self
     }

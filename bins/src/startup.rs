@@ -11,7 +11,7 @@ use crate::{
     backends::Backends,
     logging,
     service::{Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
-    settings::{Backend, Server, Settings, VARIABLES, Wanted, environment_over},
+    settings::{Backend, Guest, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
 /// The exit code for settings that cannot be used.
@@ -89,6 +89,11 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
         }
     };
     let Some(backends) = wait_for_backend(open, &stop).await? else { return Ok(()) };
+    let backends = match &settings.guest {
+        Guest::Agent => backends,
+        #[cfg(feature = "ssh")]
+        Guest::Ssh(ssh) => backends.over_ssh(ssh, store.clone())?,
+    };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
         Server::Executor => {

@@ -54,6 +54,15 @@ pub enum Command {
     Key,
     /// Serve everything in one process, with the embedded store
     Serve(ServeArgs),
+    /// Forget a machine's pinned SSH host key, when it was changed on purpose; the server must be stopped
+    #[cfg(feature = "ssh")]
+    ForgetHostKey {
+        /// The machine's id
+        id: VmId,
+        /// File of the embedded store that the server keeps its records in
+        #[arg(long, value_name = "FILE")]
+        state: PathBuf,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

@@ -56,6 +56,20 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
             output.result(format_args!("{text}"), &serde_json::json!({ "key": text, "id": key.id() }));
         }
         Command::Serve(args) => serve::run(args, output).await?,
+        #[cfg(feature = "ssh")]
+        Command::ForgetHostKey { id, state } => {
+            // Opening would make a store where there is none.
+            if !state.is_file() {
+                return Err(Failure::new(format!("{}: there is no such file", state.display())));
+            }
+            let store = crate::service::open_store(&crate::settings::Store::Embedded(state.clone()))?;
+            let forgotten = ocr_core::ssh::HostKeys::new(store).forget(*id).await?;
+            let said = match forgotten {
+                ocr_core::Deletion::Deleted => "forgotten; the next contact pins the key that it finds",
+                ocr_core::Deletion::AlreadyGone => "there was no key of this machine",
+            };
+            output.line(format_args!("{said}"));
+        }
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "ocr", &mut std::io::stdout());
         }

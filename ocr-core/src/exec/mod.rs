@@ -20,6 +20,7 @@
 //! [`SecretStorage`] says what becomes of it. The environment of features and injects is not kept, and so their delete
 //! action runs without it. Passwords and private keys are never kept, and never reach the guest: its agent becomes the
 //! account's user by name.
+//! Where guests are logged in to instead, [`Executor::with_credentials`] hands both on, and still keeps neither.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
@@ -90,7 +91,9 @@ use self::{
 };
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
-    package::PackageSource, queue::scheduler::Scheduler,
+    credentials::{CredentialSink, Credentials},
+    package::PackageSource,
+    queue::scheduler::Scheduler,
 };
 
 mod condition;
@@ -327,6 +330,8 @@ struct Inner {
     records: Records,
     config: Config,
     holds: Holds,
+    /// Is told the accounts of requests, for guests that are logged in to.
+    credentials: Option<Arc<dyn CredentialSink>>,
     /// Installs that this process works on now; a recovery leaves them alone.
     active: Mutex<HashSet<InstallId>>,
     runners: Mutex<HashMap<InstallId, Weak<Runner>>>,
@@ -338,6 +343,16 @@ struct Inner {
 impl Executor {
     /// Makes an executor. [`Executor::recover`] should run before it serves.
     pub fn new(parts: Parts, config: Config) -> Self {
+        Self::build(parts, config, None)
+    }
+
+    /// Likewise for guests that are logged in to: passwords and private keys of requests' accounts go to `credentials`
+    /// before the first command.
+    pub fn with_credentials(parts: Parts, config: Config, credentials: Arc<dyn CredentialSink>) -> Self {
+        Self::build(parts, config, Some(credentials))
+    }
+
+    fn build(parts: Parts, config: Config, credentials: Option<Arc<dyn CredentialSink>>) -> Self {
         let Parts { guest, compute, store, packages, scheduler, secrets } = parts;
         Self {
             inner: Arc::new(Inner {
@@ -348,6 +363,7 @@ impl Executor {
                 records: Records::new(store, secrets),
                 config,
                 holds: Holds::default(),
+                credentials,
                 active: Mutex::default(),
                 runners: Mutex::default(),
                 tasks: TaskTracker::new(),
@@ -371,7 +387,7 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let InstallRequest { kind, name, vm, package, account, environment } = request;
             let mut record = Record::new(kind, name, vm);
-            record.user = user(account);
+            record.user = inner.user(vm, account).await?;
             let plan = inner.plan(&mut record, &package, &caller).await?;
             inner.install(record, Plan { environment, ..plan }, caller).await
         })
@@ -389,7 +405,7 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
-            record.user = user(account);
+            record.user = inner.user(vm, account).await?;
             record.secrets = Secrets::of_environment(environment);
             inner.records.check(&record)?;
             let plan = match probe {
@@ -567,6 +583,12 @@ impl Inner {
                 Deletion::AlreadyGone => Removed::Absent,
             }
         };
+        if removed == Removed::Forgotten
+            && let Some(sink) = &self.credentials
+            && let Err(error) = sink.forget(stored.record.vm).await
+        {
+            tracing::warn!(vm = %stored.record.vm, %error, "the credentials of a machine that is gone are still kept");
+        }
         self.end_watch(
             id,
             match removed {
@@ -579,6 +601,21 @@ impl Inner {
             Removed::Absent => Deletion::AlreadyGone,
             Removed::Done | Removed::Forgotten | Removed::Kept => Deletion::Deleted,
         })
+    }
+
+    /// The user that actions run as. What opens its account is handed on and kept nowhere here.
+    async fn user(&self, vm: VmId, account: Account) -> Result<Option<String>> {
+        let Account { username, password, private_key } = account;
+        if username.is_empty() {
+            return Ok(None);
+        }
+        if let Some(sink) = &self.credentials {
+            let credentials = Credentials::of(username.as_str()).with_password(password).with_private_key(private_key);
+            if credentials.has_secret() {
+                sink.remember(vm, credentials).await?;
+            }
+        }
+        Ok(Some(username))
     }
 
     fn activate(&self, id: InstallId) -> Active<'_> {
@@ -601,10 +638,6 @@ impl Drop for Active<'_> {
     fn drop(&mut self) {
         lock(&self.inner.active).remove(&self.id);
     }
-}
-
-fn user(account: Account) -> Option<String> {
-    Some(account.username).filter(|name| !name.is_empty())
 }
 
 fn shutting_down() -> Error {
