@@ -36,7 +36,8 @@ pub(super) struct Ended {
     pub(super) stderr: Bytes,
 }
 
-/// A channel that is closed when nobody waits for it any more: the server counts it until then.
+/// A channel that is closed when nobody waits for it any more, so that nothing more is sent on it. The server counts it
+/// until its command ends: a connection that is full of such is given up when it refuses the next.
 struct Open<'a> {
     session: &'a Arc<Session>,
     write: ChannelWriteHalf<Msg>,
@@ -47,6 +48,17 @@ impl Drop for Open<'_> {
     fn drop(&mut self) {
         if !self.is_closed && !matches!(self.write.close().now_or_never(), Some(Ok(()))) {
             self.session.taint();
+        }
+    }
+}
+
+/// While a channel is asked for: a caller that leaves now leaves one behind that nobody can close.
+struct Asking<'a>(Option<&'a Session>);
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        if let Some(session) = self.0 {
+            session.taint();
         }
     }
 }
@@ -69,7 +81,9 @@ pub(super) async fn run(session: &Arc<Session>, order: &Order<'_>) -> Result<End
 async fn run_inner(session: &Arc<Session>, order: &Order<'_>) -> Result<Ended> {
     let closed = |_| Error::internal("the places of a connection are closed");
     let _place = session.channels.acquire().await.map_err(closed)?;
+    let mut asking = Asking(Some(session));
     let opened = tokio::time::timeout(BEGIN_LIMIT, session.open()).await;
+    asking.0 = None;
     let channel = opened.map_err(|_| russh::Error::ConnectionTimeout).flatten().map_err(|cause| {
         // The server may be full, or the connection gone; neither is of use to others now.
         session.taint();
