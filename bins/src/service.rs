@@ -1,13 +1,17 @@
 //! What a server serves: put together once, run, drained.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use ocr_core::{
     Error, Owner, Result, Retry, StateStore,
     exec::{self, Executor, SecretStorage},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
-    package::LocalFolder,
+    package::{
+        LocalFolder, PackageSource,
+        query::{self, Queries},
+        registry::Registry,
+    },
     queue::scheduler::{Scheduler, SchedulerConfig},
     signal::{LocalSignals, Signals},
     state::{embedded::EmbeddedStore, redis::RedisStore},
@@ -15,7 +19,10 @@ use ocr_core::{
 use ocr_grpc::{Bound, Generation, Readiness, Server};
 use tokio_util::sync::CancellationToken;
 
-use crate::{backends::Backends, settings::Store};
+use crate::{
+    backends::Backends,
+    settings::{Packages, Store},
+};
 
 /// Between two tries to put the house in order at start, while the backend is away.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -27,6 +34,7 @@ pub struct Service {
     /// Where the deployer's machines may have left disks, and whose they are.
     disks: Option<(Backends, Owner)>,
     executor: Option<(Executor, Scheduler)>,
+    queries: Option<Queries>,
 }
 
 impl Service {
@@ -44,12 +52,12 @@ impl Service {
         self
     }
 
-    /// With features, injects and conditions. Call it on a runtime: the queue's workers start.
+    /// With features, injects, conditions, and answers about packages. Call it on a runtime: the queue's workers start.
     pub fn with_executor(
         mut self,
         backends: &Backends,
         store: Arc<dyn StateStore>,
-        packages: &Path,
+        packages: Arc<dyn PackageSource>,
         config: exec::Config,
         secrets: SecretStorage,
         queue: SchedulerConfig,
@@ -58,12 +66,13 @@ impl Service {
         let parts = exec::Parts {
             guest: backends.guest.clone(),
             compute: backends.compute.clone(),
-            store,
-            packages: Arc::new(LocalFolder::new(packages)),
+            store: store.clone(),
+            packages: packages.clone(),
             scheduler: scheduler.clone(),
             secrets,
         };
         self.executor = Some((Executor::new(parts, config), scheduler));
+        self.queries = Some(Queries::new(packages, store, query::Config::default()));
         self
     }
 
@@ -78,6 +87,9 @@ impl Service {
         }
         if let Some((executor, _)) = &self.executor {
             server = server.executor(executor.clone());
+        }
+        if let Some(queries) = &self.queries {
+            server = server.queries(queries.clone());
         }
         server.bind(listen).await
     }
@@ -201,6 +213,23 @@ pub async fn wait_for_store(store: &Store, stop: &CancellationToken) -> Result<O
         return Ok(Some(over_redis(asked)));
     }
     open_shared(store).map(Some)
+}
+
+/// Opens the source of packages.
+///
+/// # Errors
+/// When the registry's cache cannot be had, or its certificates cannot be used.
+pub async fn open_packages(packages: &Packages) -> Result<Arc<dyn PackageSource>> {
+    match packages {
+        Packages::Folder(folder) => Ok(Arc::new(LocalFolder::new(folder))),
+        Packages::Registry(config) => {
+            let config = config.as_ref().clone();
+            let opened = tokio::task::spawn_blocking(move || Registry::open(config)).await;
+            let registry =
+                opened.map_err(|error| Error::internal("the package cache was not opened").with_source(error))?;
+            Ok(Arc::new(registry?))
+        }
+    }
 }
 
 /// Opens a backend, again and again while it is away; `None` when the process is told to stop first.

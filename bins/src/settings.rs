@@ -16,6 +16,7 @@ use ocr_core::{
     Owner,
     exec::{self, SecretStorage},
     lifecycle::DeployConfig,
+    package::registry,
     queue::scheduler::SchedulerConfig,
     seal::{SealKey, Sealer},
     state::redis::RedisConfig,
@@ -115,7 +116,7 @@ pub const VARIABLES: &[Variable] = &[
         "GLOBAL_INSECURE",
         BOTH,
         Wanted::Always,
-        "true: certificates of the servers that we call are not verified (OpenStack, libvirt and Redis over TLS); it never changes how we listen",
+        "true: certificates of the servers that we call are not verified (OpenStack, libvirt and Redis over TLS, the package registry); it never changes how we listen",
     ),
     Variable {
         alias: Some("Machiner_PORT"),
@@ -243,8 +244,37 @@ pub const VARIABLES: &[Variable] = &[
         "PACKAGE_DIR",
         EXECUTOR,
         Some("/var/lib/ocr/packages"),
-        "folder with Deputy packages, unpacked or as archives",
+        "folder with Deputy packages, unpacked or as archives; where DEPUTY_REGISTRY is set, it must not be",
     ),
+    optional(
+        "DEPUTY_REGISTRY",
+        EXECUTOR,
+        None,
+        "address of a Deputy registry, such as https://registry.example/; packages come from there and not from a folder",
+    ),
+    optional(
+        "DEPUTY_CACHE_DIR",
+        EXECUTOR,
+        Some("/var/cache/ocr/packages"),
+        "folder for packages from the registry; one server each",
+    ),
+    optional(
+        "DEPUTY_CACHE_BYTES",
+        EXECUTOR,
+        Some("10737418240"),
+        "what that folder may take, in bytes, beside packages in use",
+    ),
+    optional(
+        "DEPUTY_CA_FILE",
+        EXECUTOR,
+        None,
+        "file with the certificates of the authorities that signed the registry's",
+    ),
+    Variable {
+        secret: true,
+        ..optional("DEPUTY_TOKEN", EXECUTOR, None, "token for a registry that wants one for reading")
+    },
+    optional("DEPUTY_TOKEN_FILE", EXECUTOR, None, "file with that token, instead of DEPUTY_TOKEN"),
     optional("MAX_CONNECTIONS", EXECUTOR, Some("50"), "operations in guests at once, over all machines"),
     optional("ACTION_TIMEOUT", EXECUTOR, Some("300"), "seconds that one action in a guest may run"),
     optional(
@@ -381,7 +411,7 @@ pub struct Settings {
     /// The queue's.
     pub queue: SchedulerConfig,
     /// Where packages are.
-    pub package_dir: PathBuf,
+    pub packages: Packages,
     /// What becomes of secrets that are needed again later.
     pub secrets: SecretStorage,
     /// Whether ConditionService.create answers in the older form.
@@ -435,6 +465,15 @@ impl LibvirtSettings {
         let separator = if self.uri.contains('?') { '&' } else { '?' };
         format!("{}{separator}no_verify=1", self.uri)
     }
+}
+
+/// Where packages are.
+#[derive(Clone, Debug)]
+pub enum Packages {
+    /// In a folder of this machine.
+    Folder(PathBuf),
+    /// In a registry.
+    Registry(Box<registry::Config>),
 }
 
 /// Where records are kept.
@@ -514,7 +553,10 @@ impl<'a> Reader<'a> {
             }
             Server::Machiner => Default::default(),
         };
-        let package_dir = self.only(Server::Executor, |r| PathBuf::from(r.text("PACKAGE_DIR")));
+        let packages = match self.server {
+            Server::Executor => self.packages(insecure),
+            Server::Machiner => Packages::Folder(PathBuf::new()),
+        };
         let secrets = self.only(Server::Executor, |r| r.secrets(&store));
         let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
@@ -543,7 +585,7 @@ impl<'a> Reader<'a> {
             deploy,
             exec,
             queue,
-            package_dir,
+            packages,
             secrets,
             identifier_reply: reply == "identifier",
             reconcile_interval,
@@ -583,6 +625,62 @@ impl<'a> Reader<'a> {
             domain_type: self.choice("DOMAIN_TYPE", &["auto", "kvm", "qemu"]),
             pool: self.text("STORAGE_POOL"),
             insecure,
+        }
+    }
+
+    /// From one place, never from two: nobody could tell which package was installed.
+    fn packages(&mut self, insecure: bool) -> Packages {
+        let Some(url) = self.maybe("DEPUTY_REGISTRY") else {
+            for name in
+                ["DEPUTY_CACHE_DIR", "DEPUTY_CACHE_BYTES", "DEPUTY_CA_FILE", "DEPUTY_TOKEN", "DEPUTY_TOKEN_FILE"]
+            {
+                if self.is_given(name) {
+                    self.warnings
+                        .push(format!("{name} is set, but DEPUTY_REGISTRY is not: packages come from a folder"));
+                }
+            }
+            return Packages::Folder(PathBuf::from(self.text("PACKAGE_DIR")));
+        };
+        if self.is_given("PACKAGE_DIR") {
+            self.faults.push("PACKAGE_DIR: is set beside DEPUTY_REGISTRY; packages come from one of them".to_owned());
+        }
+        let mut config = registry::Config::new(url, self.text("DEPUTY_CACHE_DIR"));
+        config.cache_bytes = self.number("DEPUTY_CACHE_BYTES", 1 << 20, 1 << 60);
+        config.certificates = match (insecure, self.maybe("DEPUTY_CA_FILE")) {
+            (true, _) => registry::Certificates::Unchecked,
+            (false, Some(file)) => registry::Certificates::SystemAnd(file.into()),
+            (false, None) => registry::Certificates::System,
+        };
+        config.token = self.secret("DEPUTY_TOKEN", "DEPUTY_TOKEN_FILE");
+        if config.token.is_some() && config.url.trim_start().to_ascii_lowercase().starts_with("http:") {
+            self.warnings.push("DEPUTY_TOKEN is sent unencrypted: DEPUTY_REGISTRY is an http address".to_owned());
+        }
+        if let Err(error) = config.check() {
+            self.faults.push(error.message().to_owned());
+        }
+        Packages::Registry(Box::new(config))
+    }
+
+    /// A secret, or the first line of the file that has it.
+    fn secret(&mut self, name: &'static str, file: &'static str) -> Option<SecretString> {
+        let given = self.maybe(name);
+        let Some(path) = self.maybe(file) else { return given.map(SecretString::from) };
+        if given.is_some() {
+            self.faults.push(format!("{file}: is set beside {name}; set one of them"));
+            return None;
+        }
+        match std::fs::read_to_string(&path) {
+            Ok(text) if !text.trim().is_empty() && text.trim().lines().count() == 1 => {
+                Some(SecretString::from(text.trim()))
+            }
+            Ok(_) => {
+                self.faults.push(format!("{file}: wants one line in {path}"));
+                None
+            }
+            Err(error) => {
+                self.faults.push(format!("{file}: {path}: {error}"));
+                None
+            }
         }
     }
 
@@ -874,19 +972,69 @@ mod tests {
         }
     }
 
+    fn executor(more: &[(&str, &str)]) -> Result<Settings, Faults> {
+        let mut values = good();
+        values.insert("EXECUTOR_PORT".to_owned(), "7000".to_owned());
+        values.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Settings::read(Server::Executor, &values)
+    }
+
+    #[test]
+    fn packages_come_from_a_folder_or_a_registry_and_never_from_both() {
+        let settings = executor(&[]).unwrap();
+        assert!(matches!(settings.packages, Packages::Folder(folder) if folder == Path::new("/var/lib/ocr/packages")));
+        let settings = executor(&[("DEPUTY_TOKEN", "canary-7f3a")]).unwrap();
+        assert!(settings.warnings.iter().any(|warning| warning.starts_with("DEPUTY_TOKEN is set, but")));
+
+        let url = ("DEPUTY_REGISTRY", "https://registry.example/");
+        let settings = executor(&[url, ("DEPUTY_CACHE_BYTES", "5000000"), ("DEPUTY_TOKEN", "canary-7f3a")]).unwrap();
+        assert!(!format!("{settings:?}").contains("canary-7f3a"));
+        let Packages::Registry(config) = settings.packages else { panic!("another source") };
+        assert_eq!((config.url.as_str(), config.cache_bytes), (url.1, 5_000_000));
+        assert_eq!(config.cache_folder, Path::new("/var/cache/ocr/packages"));
+        assert_eq!(config.certificates, registry::Certificates::System);
+        assert!(config.token.is_some());
+
+        for (more, certificates) in [
+            (("DEPUTY_CA_FILE", "/x.pem"), registry::Certificates::SystemAnd("/x.pem".into())),
+            (("GLOBAL_INSECURE", "true"), registry::Certificates::Unchecked),
+        ] {
+            let Packages::Registry(config) = executor(&[url, more]).unwrap().packages else { panic!("another source") };
+            assert_eq!(config.certificates, certificates);
+        }
+        for (more, fault) in [
+            ([url, ("PACKAGE_DIR", "/srv")], "PACKAGE_DIR: is set beside DEPUTY_REGISTRY"),
+            ([url, ("DEPUTY_REGISTRY", "registry")], "DEPUTY_REGISTRY: wants an address"),
+            ([url, ("DEPUTY_CACHE_BYTES", "1")], "DEPUTY_CACHE_BYTES: wants 1048576 to"),
+            ([url, ("DEPUTY_TOKEN_FILE", "/no/such/file")], "DEPUTY_TOKEN_FILE: /no/such/file: "),
+        ] {
+            let faults = executor(&more).unwrap_err();
+            assert!(faults.0.iter().any(|one| one.starts_with(fault)), "{faults}");
+        }
+    }
+
+    #[test]
+    fn a_token_may_be_in_a_file() {
+        use secrecy::ExposeSecret;
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "canary-7f3a\n").unwrap();
+        let path = ("DEPUTY_TOKEN_FILE", file.path().to_str().unwrap());
+        let url = ("DEPUTY_REGISTRY", "https://registry.example/");
+        let Packages::Registry(config) = executor(&[url, path]).unwrap().packages else { panic!("another source") };
+        assert_eq!(config.token.as_ref().unwrap().expose_secret(), "canary-7f3a");
+        assert!(executor(&[url, path, ("DEPUTY_TOKEN", "other")]).is_err());
+        std::fs::write(file.path(), "one canary-7f3a\ntwo").unwrap();
+        let faults = executor(&[url, path]).unwrap_err();
+        assert!(!faults.to_string().contains("canary-7f3a"), "{faults}");
+    }
+
     #[test]
     fn secrets_are_in_no_output() {
         let settings = with("HYPERVISOR_PASSWORD", "canary-7f3a").unwrap();
         let shown: Vec<_> = settings.effective().collect();
         assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
         assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
-    }
-
-    fn executor(more: &[(&str, &str)]) -> Result<Settings, Faults> {
-        let mut values = good();
-        values.insert("EXECUTOR_PORT".to_owned(), "7000".to_owned());
-        values.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        Settings::read(Server::Executor, &values)
     }
 
     #[test]

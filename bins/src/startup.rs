@@ -10,7 +10,7 @@ use ocr_grpc::Generation;
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, stop_on_signals, wait_for_backend, wait_for_store},
+    service::{Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
     settings::{Backend, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
@@ -91,14 +91,17 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let Some(backends) = wait_for_backend(open, &stop).await? else { return Ok(()) };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
-        Server::Executor => Service::default().with_executor(
-            &backends,
-            store,
-            &settings.package_dir,
-            settings.exec,
-            settings.secrets,
-            settings.queue,
-        ),
+        Server::Executor => {
+            let packages = open_packages(&settings.packages).await?;
+            Service::default().with_executor(
+                &backends,
+                store,
+                packages,
+                settings.exec,
+                settings.secrets,
+                settings.queue,
+            )
+        }
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };
     let bound = service.bind(settings.listen, generation, settings.reflection).await?;

@@ -81,6 +81,10 @@ uuid_id!(
     /// a repeated request is answered and not run again.
     OperationId, "operation id"
 );
+uuid_id!(
+    /// A page of HTML that was made of a package.
+    DocumentId, "page id"
+);
 
 /// The longest text of a user's that an error repeats, in characters.
 const SHOWN_CHARS: usize = 64;
