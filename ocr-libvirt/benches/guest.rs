@@ -147,9 +147,10 @@ async fn raw_push(link: &Counted, vm: VmId, content: &Bytes) {
 async fn commands(link: &Counted, vm: VmId) {
     let guest = guest(link);
     guest.put_file(vm, &PutFile::new("/tmp/first", "x")).await.unwrap();
-    for (name, files, bytes) in [("", 100, 600), ("_400_files", 400, 100), ("_large", 20, 20_000)] {
+    for (name, files, bytes, rounds) in [("", 100, 600, ROUNDS), ("_300_files", 300, 100, 1), ("_large", 20, 20_000, 3)]
+    {
         let (mut fresh, mut again) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
-        for round in 0..ROUNDS {
+        for round in 0..rounds {
             // What is large cannot be packed either.
             let of = |i: usize| match bytes > 10_000 {
                 true => noise(bytes, (round * 1000 + i) as u64),
@@ -229,7 +230,7 @@ async fn main() {
     let libvirt = rig.open().await;
     let vm = rig::guest(&libvirt, "bench").await.id;
     let link = Counted::new(&libvirt);
-    commands(&link, vm).await;
-    polls(&libvirt, vm).await;
     push(&link, vm).await;
+    polls(&libvirt, vm).await;
+    commands(&link, vm).await;
 }

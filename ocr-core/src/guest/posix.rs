@@ -271,7 +271,7 @@ impl<L: PosixLink> PosixGuest<L> {
             return Ok(None);
         }
         let path = format!("{}/in/{}", self.config.base, OperationId::random());
-        match self.link.write(vm, &path, parts, until).await {
+        let written = match self.link.write(vm, &path, parts, until).await {
             Err(error) if error.kind() == ErrorKind::NotFound && error.reason().is_none() => {
                 let arguments = |_| vec!["stage".to_owned(), self.config.base.clone()];
                 let reply = self.runner(&mut Job::new(vm, FILE, until, "stage"), arguments, &[]).await?;
@@ -280,12 +280,15 @@ impl<L: PosixLink> PosixGuest<L> {
                     "fail" => return Err(reply.failure()),
                     _ => return Err(reply.senseless()),
                 }
-                self.link.write(vm, &path, parts, until).await?;
+                self.link.write(vm, &path, parts, until).await
             }
-            result => result?,
+            result => result,
+        };
+        if written.is_err() {
+            // What stays all the same is swept by its age.
+            let _gone = self.remove_inner(vm, &RemoveFiles::new([path.as_str()])).await;
         }
-        // What is left of one that failed is swept by its age.
-        Ok(Some(path))
+        written.map(|()| Some(path))
     }
 
     fn until(&self, bytes: u64) -> Instant {

@@ -42,7 +42,8 @@ pub trait AgentLink: fmt::Debug + Send + Sync + 'static {
 /// See [`PosixGuest`] for what becomes of commands and their outputs in guests with a POSIX shell. What the agent says of
 /// its system tells Windows apart, where paths begin with a drive (`C:\...`), shell lines are for `cmd.exe /c`, and less
 /// is promised: commands run as the agent's user alone; a repeat is answered from files in the guest; a deadline is kept
-/// as long as this process lives; an older token is refused, and what runs under one is not waited for.
+/// as long as this process lives; an older token is refused, and what runs under one is not waited for. No machine with
+/// Windows was at hand: that half is tested by exchanges written from the agent's protocol, and by no real guest.
 #[derive(Debug)]
 pub struct AgentGuest<L> {
     agent: Arc<Agent<L>>,
