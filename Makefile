@@ -30,7 +30,7 @@ test: build guest ## every test, the live ones included
 
 BENCH ?= queue
 bench: ## measure, as ratios against a floor in the same run: make bench BENCH=queue
-	cargo bench --locked -p ocr-benches --bench $(BENCH)
+	cargo bench --locked $(if $(filter guest,$(BENCH)),-p ocr-libvirt --features libvirt,-p ocr-benches) --bench $(BENCH)
 
 lint: ## format, clippy, docs, and the plain build that needs no system package
 	cargo fmt --all --check
