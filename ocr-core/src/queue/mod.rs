@@ -5,6 +5,7 @@
 pub mod fair;
 mod lateness;
 pub mod scheduler;
+mod wheel;
 
 pub use fair::GateEvent;
 pub use scheduler::{

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::{cmp::Reverse, collections::BTreeMap};
 
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -26,30 +26,26 @@ impl FairQueue {
     fn check(&self) {
         let mut ready = 0;
         let mut held = vec![0; self.vms.len()];
-        for op in self.ops.iter().filter(|op| op.place != Place::Free) {
+        for op in self.ops.0.iter().filter(|op| op.place != Place::Free) {
             held[op.vm as usize] += 1;
         }
         assert!(self.vms.iter().map(|vm| vm.operations).eq(held), "operations of a machine are counted");
         for &index in self.by_id.values() {
             let vm = &self.vms[index as usize];
-            for class in Class::BOTH {
-                let lane = &vm.lanes[class as usize];
-                ready += lane.len();
-                let alive = lane.heap.iter().filter(|entry| self.is_alive(entry.item)).count();
-                assert_eq!(alive, lane.len(), "dead entries of a lane are counted");
-                if let Some(head) = lane.heap.peek() {
-                    assert!(self.is_alive(head.item), "the top of a lane is alive");
-                }
-                let held_back =
-                    class == Class::First && vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
-                let offered = if vm.running.is_some() || !vm.open || held_back {
-                    None
-                } else {
-                    lane.heap.peek().map(|head| head.key.seq)
-                };
-                assert_eq!(lane.listed.map(|listing| listing.key.seq), offered, "an idle machine's head is listed");
-                assert!(lane.heap.len() <= 2 * lane.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
-            }
+            ready += vm.ready();
+            let is_alive = |entry: &ByTag| self.ops.0[entry.op.index()].generation == entry.op.generation;
+            let again = &vm.again;
+            assert_eq!(again.heap.iter().filter(|entry| is_alive(entry)).count(), again.len());
+            assert!(again.heap.peek().is_none_or(is_alive), "the top of a lane is alive");
+            assert!(again.heap.len() <= 2 * again.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
+            let held_back = vm.first_in_a_row >= TURNS && again.len() > 0;
+            let idle = vm.running.is_none() && vm.open;
+            let heads = [
+                vm.first.head().filter(|_| idle && !held_back),
+                again.heap.peek().filter(|_| idle).map(|head| head.op.index),
+            ];
+            let listed = vm.listed.map(|listed| listed.map(|listed| listed.op));
+            assert_eq!(listed, heads, "an idle machine's heads are listed");
             assert!(vm.operations > 0 || vm.is_kept(self.gated) || vm.remembered, "a machine without use is forgotten");
             let news = vm.news(self.gated);
             if let Some(to_tell) = &self.to_tell {
@@ -61,19 +57,19 @@ impl FairQueue {
         for class in Class::BOTH {
             for (ward, heads) in self.heads[class as usize].iter().enumerate() {
                 let alive = |listing: &Listing| {
-                    let vm = &self.vms[listing.item.vm as usize];
-                    vm.lanes[class as usize].lists(listing) && usize::from(vm.on_probation) == ward
+                    let vm = &self.vms[listing.vm as usize];
+                    vm.lists(class, listing) && usize::from(vm.on_probation) == ward
                 };
                 assert_eq!(heads.heap.iter().filter(|head| alive(head)).count(), heads.alive);
                 assert!(heads.heap.len() <= 2 * heads.alive + 2 * DEAD_ALLOWED, "the heads are bounded");
             }
         }
         assert_eq!(ready, self.counters.ready);
-        let in_place = |wanted: fn(Place) -> bool| self.ops.iter().filter(|op| wanted(op.place)).count();
+        let in_place = |wanted: fn(Place) -> bool| self.ops.0.iter().filter(|op| wanted(op.place)).count();
         assert_eq!(in_place(|place| matches!(place, Place::Ready(_))), self.counters.ready);
         assert_eq!(in_place(|place| place == Place::Waiting), self.counters.waiting);
         assert_eq!(in_place(|place| matches!(place, Place::Running { .. })), self.counters.running);
-        assert_eq!(self.timers.len(), self.counters.waiting + self.dead_timers);
+        assert_eq!(self.wheel.len(), self.counters.waiting);
         assert_eq!(self.vms.iter().filter(|vm| vm.on_probation).count(), self.counters.on_probation);
     }
 }
@@ -274,7 +270,7 @@ fn cancelling_leaves_no_garbage() {
     queue.cancel(stream);
     queue.check();
     assert_eq!(queue.by_id.len(), 1);
-    assert!(queue.ops.len() <= 3 && queue.vms.len() <= 3);
+    assert!(queue.ops.0.len() <= 3 && queue.vms.len() <= 3);
 }
 
 // --- properties -------------------------------------------------------------------------------------------------
