@@ -111,6 +111,8 @@ pub struct Start {
     pub planned_us: u64,
     /// Ticks skipped between the run before and this one.
     pub skipped: u64,
+    /// None for a one-shot.
+    pub interval_us: Option<u64>,
 }
 
 /// What became of an operation that finished.
@@ -195,11 +197,12 @@ pub struct VmLoad {
     pub on_probation: bool,
 }
 
-/// The queue. See the [module](self).
+/// The queue. See the [module](self). With each operation it keeps something of its user's, beside its own: what is
+/// needed together lies together, and most of an operation's cost is waiting for memory.
 #[derive(Debug)]
-pub struct FairQueue {
+pub struct FairQueue<T = ()> {
     limits: Limits,
-    ops: Ops,
+    ops: Ops<T>,
     free_ops: Vec<u32>,
     vms: Vec<Vm>,
     free_vms: Vec<u32>,
@@ -248,7 +251,7 @@ enum Place {
 }
 
 #[derive(Debug)]
-struct Op {
+struct Op<T> {
     generation: u32,
     vm: u32,
     place: Place,
@@ -263,11 +266,12 @@ struct Op {
     /// The tick it waits for, or whose run is pending or running.
     due_us: u64,
     runs: u64,
+    payload: T,
 }
 
 /// All operations, by their index.
 #[derive(Debug)]
-struct Ops(Vec<Op>);
+struct Ops<T>(Vec<Op<T>>);
 
 #[derive(Debug)]
 struct Vm {
@@ -347,7 +351,7 @@ struct Heads {
     alive: usize,
 }
 
-impl FairQueue {
+impl<T: Default> FairQueue<T> {
     /// An empty queue. Where it is `gated`, machines start with their gate closed.
     pub fn new(limits: Limits, gated: bool) -> Self {
         let max_total = limits.max_total.min(i32::MAX as usize);
@@ -619,6 +623,35 @@ impl FairQueue {
         Some(self.vms[op.vm as usize].id)
     }
 
+    /// All operations in the queue.
+    pub fn operations(&self) -> impl Iterator<Item = OpId> + '_ {
+        let alive = self.ops.0.iter().enumerate().filter(|(_, op)| op.place != Place::Free);
+        alive.map(|(index, op)| OpId { index: index as u32, generation: op.generation })
+    }
+
+    /// Those of them that are periodic.
+    pub fn periodics(&self) -> impl Iterator<Item = OpId> + '_ {
+        self.operations().filter(|id| self.ops.0[id.index()].interval_us > 0)
+    }
+
+    /// A periodic operation's machine, its interval in microseconds, and how many runs have begun.
+    pub fn periodic(&self, id: OpId) -> Option<(VmId, u64, u64)> {
+        let vm = self.vm(id)?;
+        let op = &self.ops.0[id.index()];
+        let begun = op.runs + u64::from(matches!(op.place, Place::Running { .. }));
+        (op.interval_us > 0).then_some((vm, op.interval_us, begun))
+    }
+
+    /// What its user keeps with an operation.
+    pub fn kept(&self, id: OpId) -> &T {
+        &self.ops.0[id.index()].payload
+    }
+
+    /// The same, to change it. It stays until the operation's index is used again.
+    pub fn kept_mut(&mut self, id: OpId) -> &mut T {
+        &mut self.ops.0[id.index()].payload
+    }
+
     /// The counters.
     pub fn counters(&self) -> Counters {
         self.counters
@@ -678,6 +711,7 @@ impl FairQueue {
                 tag: 0,
                 due_us: 0,
                 runs: 0,
+                payload: T::default(),
             });
             (self.ops.0.len() - 1) as u32
         });
@@ -693,6 +727,7 @@ impl FairQueue {
             tag: round,
             due_us: now_us,
             runs: 0,
+            payload: T::default(),
         };
         let id = OpId { index, generation };
         vm.first.push(&mut self.ops, index);
@@ -740,6 +775,7 @@ impl FairQueue {
             run: op.runs,
             planned_us: op.due_us,
             skipped: op.skipped.into(),
+            interval_us: (op.interval_us > 0).then_some(op.interval_us),
         };
         // It is the top: nothing of its machine is listed any more.
         let ward = usize::from(vm.on_probation);
@@ -837,13 +873,17 @@ impl FairQueue {
             heads.alive -= usize::from(vm.listed[class as usize].is_some());
             vm.listed[class as usize] = None;
             if let Some(index) = head {
-                let op = &self.ops.0[index as usize];
-                let mut tag = op.tag;
-                if class == Class::Again {
-                    let floor_us = self.virtual_us.saturating_sub(op.interval_us);
-                    vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(tag));
-                    tag += vm.offset_us;
-                }
+                let tag = match class {
+                    Class::First => self.ops.0[index as usize].tag,
+                    Class::Again => {
+                        let tag = vm.again.heap.peek().map_or(0, |head| head.tag);
+                        if tag + vm.offset_us < self.virtual_us {
+                            let floor_us = self.virtual_us.saturating_sub(self.ops.0[index as usize].interval_us);
+                            vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(tag));
+                        }
+                        tag + vm.offset_us
+                    }
+                };
                 self.stamp = self.stamp.saturating_add(1);
                 vm.listed[class as usize] = Some(Listed { stamp: self.stamp, op: index });
                 heads.alive += 1;
@@ -973,7 +1013,7 @@ impl FairQueue {
     }
 }
 
-impl Op {
+impl<T> Op<T> {
     /// Moves the planned time to the latest tick that has passed. Returns how many were skipped.
     fn skip(&mut self, now_us: u64) -> u64 {
         let Some(late_us) = now_us.checked_sub(self.due_us) else { return 0 };
@@ -1017,7 +1057,7 @@ impl Vm {
     }
 }
 
-impl Timed for Ops {
+impl<T> Timed for Ops<T> {
     fn links(&mut self, index: u32) -> &mut Links {
         &mut self.0[index as usize].links
     }
@@ -1038,7 +1078,7 @@ impl FirstLane {
         (self.head != NONE).then_some(self.head)
     }
 
-    fn push(&mut self, ops: &mut Ops, index: u32) {
+    fn push<T>(&mut self, ops: &mut Ops<T>, index: u32) {
         ops.0[index as usize].links = Links { next: NONE, prev: self.tail };
         match self.tail {
             NONE => self.head = index,
@@ -1048,13 +1088,13 @@ impl FirstLane {
         self.len += 1;
     }
 
-    fn pop(&mut self, ops: &mut Ops) -> Option<u32> {
+    fn pop<T>(&mut self, ops: &mut Ops<T>) -> Option<u32> {
         let head = self.head()?;
         self.unlink(ops, head);
         Some(head)
     }
 
-    fn unlink(&mut self, ops: &mut Ops, index: u32) {
+    fn unlink<T>(&mut self, ops: &mut Ops<T>, index: u32) {
         let Links { next, prev } = std::mem::replace(&mut ops.0[index as usize].links, Links::NONE);
         match prev {
             NONE => self.head = next,
@@ -1074,14 +1114,14 @@ impl AgainLane {
     }
 
     /// Takes the head.
-    fn pop(&mut self, ops: &Ops) -> Option<OpId> {
+    fn pop<T>(&mut self, ops: &Ops<T>) -> Option<OpId> {
         let head = self.heap.pop()?;
         self.clean_top(ops);
         Some(head.op)
     }
 
     /// Notes that one entry died.
-    fn bury(&mut self, ops: &Ops) {
+    fn bury<T>(&mut self, ops: &Ops<T>) {
         self.dead += 1;
         self.clean_top(ops);
         if self.dead as usize > self.heap.len() / 2 + DEAD_ALLOWED {
@@ -1090,7 +1130,7 @@ impl AgainLane {
         }
     }
 
-    fn clean_top(&mut self, ops: &Ops) {
+    fn clean_top<T>(&mut self, ops: &Ops<T>) {
         while self.dead > 0
             && let Some(ByTag { op, .. }) = self.heap.peek()
             && ops.0[op.index()].generation != op.generation

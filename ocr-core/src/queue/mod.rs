@@ -3,6 +3,7 @@
 //! [`fair`] decides who runs next and is pure; [`scheduler`] runs it on tokio.
 
 pub mod fair;
+mod label;
 mod lateness;
 pub mod scheduler;
 mod wheel;

@@ -68,6 +68,7 @@ impl Wheel {
         }
     }
 
+    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.in_lists + self.sorted.len() - self.dead
     }

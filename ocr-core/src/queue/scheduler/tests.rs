@@ -1,6 +1,7 @@
 use std::{
     collections::HashMap,
     future::pending,
+    pin::pin,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
 };
 
@@ -8,7 +9,7 @@ use futures::{FutureExt, future::join_all};
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, yield_now},
-    time::advance,
+    time::{advance, sleep},
 };
 use uuid::Uuid;
 
