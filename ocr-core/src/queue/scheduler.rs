@@ -21,14 +21,14 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context, Poll, ready},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
-use futures::{future::BoxFuture, task::AtomicWaker};
+use futures::future::BoxFuture;
 use tokio::{
     runtime::Handle,
     sync::{Notify, Semaphore, oneshot},
@@ -642,7 +642,8 @@ struct Seat {
 struct Bell {
     /// Which of its runs.
     run: AtomicU64,
-    waker: AtomicWaker,
+    /// The worker's task keeps its waker.
+    waker: OnceLock<Waker>,
 }
 
 /// How a run ended.
@@ -759,9 +760,8 @@ struct Worker {
 
 impl Worker {
     async fn work(mut self) {
-        // This task's waker stays the same.
         poll_fn(|context| {
-            self.bell.waker.register(context.waker());
+            self.bell.waker.get_or_init(|| context.waker().clone());
             Poll::Ready(())
         })
         .await;
@@ -1029,7 +1029,9 @@ impl Shared {
             if seat.until_us <= now_us {
                 seat.until_us = NEVER_US;
                 seat.bell.run.store(seat.run, Ordering::Release);
-                seat.bell.waker.wake();
+                if let Some(waker) = seat.bell.waker.get() {
+                    waker.wake_by_ref();
+                }
             }
             deadline_us = deadline_us.min(seat.until_us);
         }
