@@ -38,7 +38,7 @@
 //! # Cost
 //! Every call is O(log n), amortised. Entries of cancelled operations stay in the heaps until they come up, or
 //! until they are the greater part, and are told apart by generation numbers: a heap is never more than about
-//! twice as long as what lives in it. What waits for its tick is in a [wheel](super::wheel), where it costs the same
+//! twice as long as what lives in it. What waits for its tick is in a timing wheel (`wheel.rs`), where it costs the same
 //! however many there are. An operation takes 56 bytes, and 16 more while it is a re-run that is ready.
 
 use std::{
