@@ -62,6 +62,7 @@ pub mod compute;
 pub mod conformance;
 pub mod error;
 pub mod exec;
+pub mod fleet;
 pub mod guest;
 pub mod id;
 pub mod image;
@@ -81,7 +82,7 @@ pub use error::{Error, ErrorKind, Result, Retry};
 pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
 };
-pub use id::{ImageId, InstallId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
+pub use id::{ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
 pub use image::{
     DiskFormat, Image, ImageBackend, ImageBackendExt, ImageCapabilities, ImageFilter, ImageSource, ImageSpec,
     ImageState, OsFamily,

@@ -1,0 +1,3 @@
+//! Fleet.
+mod machine;
+mod quota;
