@@ -181,11 +181,6 @@ impl Machine {
         matches!(self.state, State::Ours { .. } | State::Closing { .. })
     }
 
-    /// Whether it is this member's, and nobody else gets it now.
-    pub(super) fn is_ours(&self) -> bool {
-        matches!(self.state, State::Ours { .. })
-    }
-
     /// Who runs what we watch here.
     pub(super) fn owner(&self) -> Option<MemberId> {
         match self.state {
@@ -197,13 +192,6 @@ impl Machine {
     /// Whether there is nothing left to remember.
     pub(super) fn is_over(&self) -> bool {
         self.state == State::Away && !self.is_needed() && self.wanted_by.is_empty() && self.pins == 0
-    }
-
-    /// Starts over with a new session: nothing is ours any more, and nobody follows us.
-    pub(super) fn begin(&mut self, me: MemberId) -> Vec<Effect> {
-        let (once, watched, pins) = (self.once, self.watched, self.pins);
-        *self = Self { once, watched, pins, ..Self::new(me) };
-        self.on(Event::Need)
     }
 
     /// Takes what happened, and says what is to be done.

@@ -63,16 +63,6 @@ impl Quota {
         self.shares.values().map(|share| share.held).sum()
     }
 
-    pub(super) fn members(&self) -> impl Iterator<Item = MemberId> {
-        self.shares.keys().copied()
-    }
-
-    /// Takes a member out.
-    pub(super) fn without(mut self, member: MemberId) -> Self {
-        self.shares.remove(&member);
-        self
-    }
-
     /// What `me` does next. `living` are the members whose sessions stand; `confirmed` is what `me` may run now, by its
     /// own last write.
     pub(super) fn plan(

@@ -241,7 +241,10 @@ impl World {
                     process.joined = true;
                     process.me = MemberId::random();
                     self.living.insert(process.me);
-                    let effects = process.machine.begin(process.me);
+                    // With a new session nothing is its own any more; what it needs it still needs.
+                    let Machine { once, watched, pins, .. } = process.machine;
+                    process.machine = Machine { once, watched, pins, ..Machine::new(process.me) };
+                    let effects = process.machine.on(Event::Need);
                     self.effects(who, effects);
                 }
             }
