@@ -438,7 +438,9 @@ impl<'a> Actor<'a> {
 
     fn answer(&mut self, answer: Answer) {
         // Of a gate that was opened again and is being closed once more only the latest closing counts.
-        if answer.closing.is_some_and(|closing| self.machines.get(&answer.vm).is_none_or(|entry| entry.closing != closing))
+        if answer
+            .closing
+            .is_some_and(|closing| self.machines.get(&answer.vm).is_none_or(|entry| entry.closing != closing))
         {
             return;
         }
@@ -769,9 +771,7 @@ impl Asker {
 
     async fn write(self, over: Option<crate::Version>, member: MemberId, token: FencingToken) -> Event {
         let only = over.map_or(Precondition::Absent, Precondition::Version);
-        let put = async {
-            self.store.put_json(&owner_key(self.vm)?, &OwnerRecord { member, token }, only).await
-        };
+        let put = async { self.store.put_json(&owner_key(self.vm)?, &OwnerRecord { member, token }, only).await };
         Event::Wrote(match timeout(self.times.answer(), put).await {
             Ok(Ok(version)) => Wrote::Done(version, token),
             Ok(Err(error))

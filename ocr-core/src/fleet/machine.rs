@@ -69,10 +69,19 @@ enum State {
     Taking,
     Stuck,
     Theirs(MemberId),
-    Ours { version: Version, token: FencingToken },
+    Ours {
+        version: Version,
+        token: FencingToken,
+    },
     /// `to` is empty when nothing needs the machine any more.
-    Closing { to: Option<MemberId>, version: Version, token: FencingToken },
-    Giving { to: MemberId },
+    Closing {
+        to: Option<MemberId>,
+        version: Version,
+        token: FencingToken,
+    },
+    Giving {
+        to: MemberId,
+    },
     Releasing,
 }
 

@@ -57,7 +57,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::session::Times;
-use crate::{Error, ErrorKind, FencingToken, InstallId, MemberId, Result, Retry, Signals, StateStore, VmId, error::reason};
+use crate::{
+    Error, ErrorKind, FencingToken, InstallId, MemberId, Result, Retry, Signals, StateStore, VmId, error::reason,
+    queue::Scheduler,
+};
 
 mod actor;
 mod guard;
@@ -126,6 +129,29 @@ pub trait Gates: fmt::Debug + Send + Sync + 'static {
     fn resize(&self, slots: usize) -> BoxFuture<'static, ()>;
     /// How many operations run, or could if there were slots.
     fn demand(&self) -> usize;
+}
+
+impl Gates for Scheduler {
+    fn open(&self, vm: VmId) {
+        Scheduler::open(self, vm);
+    }
+
+    fn close(&self, vm: VmId) -> BoxFuture<'static, ()> {
+        Box::pin(Scheduler::close(self, vm))
+    }
+
+    fn close_all(&self) {
+        // Nobody waits for what runs: its calls are dropped.
+        drop(Scheduler::close_all(self));
+    }
+
+    fn resize(&self, slots: usize) -> BoxFuture<'static, ()> {
+        Box::pin(Scheduler::resize(self, slots))
+    }
+
+    fn demand(&self) -> usize {
+        Scheduler::demand(self)
+    }
 }
 
 /// What an executor is told. Calls must return at once, and may come more often than there is news.

@@ -158,8 +158,15 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         /// A member plans and writes; the answer may be lost, and the write too.
-        Plan { who: usize, applied: bool, answered: bool },
-        Want { who: usize, wanted: u32 },
+        Plan {
+            who: usize,
+            applied: bool,
+            answered: bool,
+        },
+        Want {
+            who: usize,
+            wanted: u32,
+        },
         Die(usize),
     }
 

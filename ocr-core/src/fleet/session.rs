@@ -14,9 +14,7 @@ use std::{sync::Arc, time::Duration};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::{
-    Error, ErrorKind, Key, MemberId, Precondition, Result, StateStore, StateStoreExt, Version, error::reason,
-};
+use crate::{Error, ErrorKind, Key, MemberId, Precondition, Result, StateStore, StateStoreExt, Version, error::reason};
 
 /// The times of a session, all parts of its time to live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,10 +167,7 @@ fn value(member: MemberId) -> Result<bytes::Bytes> {
 }
 
 fn silent(times: Times) -> Error {
-    Error::new(
-        ErrorKind::TimedOut,
-        format!("the store did not answer in {}", crate::error::seconds(times.answer())),
-    )
+    Error::new(ErrorKind::TimedOut, format!("the store did not answer in {}", crate::error::seconds(times.answer())))
 }
 
 #[cfg(test)]

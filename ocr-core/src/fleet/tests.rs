@@ -198,11 +198,7 @@ impl Rig {
     fn join(&self, limit: usize) -> Process {
         let gates = Arc::new(TestGates::default());
         let path = Arc::new(Path { store: self.store.clone(), cut: watch::Sender::new(false) });
-        let parts = FleetParts {
-            store: path.clone(),
-            signals: Arc::new(self.signals.clone()),
-            gates: gates.clone(),
-        };
+        let parts = FleetParts { store: path.clone(), signals: Arc::new(self.signals.clone()), gates: gates.clone() };
         let fleet = Fleet::start(parts, &FleetConfig { lease_ttl: TTL, max_connections: limit }).unwrap();
         let heard = Arc::new(Heard::default());
         fleet.attach(Arc::downgrade(&heard) as Weak<dyn Listener>);

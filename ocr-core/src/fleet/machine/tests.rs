@@ -29,13 +29,33 @@ struct Process {
 
 #[derive(Clone, Copy, Debug)]
 enum Pending {
-    Look { who: usize, session: u32 },
-    Write { who: usize, session: u32, over: Option<Version>, record: Option<OwnerRecord> },
+    Look {
+        who: usize,
+        session: u32,
+    },
+    Write {
+        who: usize,
+        session: u32,
+        over: Option<Version>,
+        record: Option<OwnerRecord>,
+    },
     /// A write whose sender has given up on it, and which may yet arrive.
-    Late { over: Option<Version>, record: Option<OwnerRecord> },
-    Closing { who: usize, session: u32 },
-    Paused { who: usize, session: u32 },
-    Notice { to: MemberId, event: Event },
+    Late {
+        over: Option<Version>,
+        record: Option<OwnerRecord>,
+    },
+    Closing {
+        who: usize,
+        session: u32,
+    },
+    Paused {
+        who: usize,
+        session: u32,
+    },
+    Notice {
+        to: MemberId,
+        event: Event,
+    },
     /// The store lets a lease run out.
     Expires(MemberId),
 }
@@ -43,7 +63,10 @@ enum Pending {
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// Something pending happens, well or not.
-    Next { pick: u16, fault: u8 },
+    Next {
+        pick: u16,
+        fault: u8,
+    },
     Tick(usize),
     Need(usize),
     Finish(usize),
