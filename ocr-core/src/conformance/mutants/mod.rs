@@ -7,6 +7,7 @@ mod compute;
 mod guest;
 mod image;
 mod network;
+mod signal;
 mod state;
 
 use std::{
@@ -28,6 +29,7 @@ use crate::{
     Key, Name, Network, NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId, NetworkSpec, PowerAction,
     Precondition, PutFile, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
     memory::{MemoryCloud, MemoryOptions, MemoryState},
+    signal::{LocalSignals, NoticeStream, Signals},
 };
 
 /// A backend that breaks one rule.
@@ -65,7 +67,8 @@ impl Mutant {
             network: Some(bent.clone()),
             image: Some(bent.clone()),
             guest: Some(bent.clone()),
-            state: Some(bent),
+            state: Some(bent.clone()),
+            signals: Some(bent),
             ..plain
         }
     }
@@ -73,7 +76,9 @@ impl Mutant {
 
 /// All mutants.
 pub fn all() -> impl Iterator<Item = &'static Mutant> {
-    [compute::MUTANTS, network::MUTANTS, image::MUTANTS, guest::MUTANTS, state::MUTANTS].into_iter().flatten()
+    [compute::MUTANTS, network::MUTANTS, image::MUTANTS, guest::MUTANTS, state::MUTANTS, signal::MUTANTS]
+        .into_iter()
+        .flatten()
 }
 
 type Answer<T> = BoxFuture<'static, Result<T>>;
@@ -117,6 +122,8 @@ hooks! {
     put: (Key, Bytes, Precondition, Option<Duration>) => Version;
     delete: (Key, Precondition) => Deletion;
     list: (String, Option<Key>, usize) => Vec<(Key, Versioned)>;
+    send: (Key, Bytes) => ();
+    listen: Key => NoticeStream;
 }
 
 /// A table of mutants. After `less`, the mutant lacks all capabilities.
@@ -150,11 +157,13 @@ struct World(Arc<Things>);
 struct Things {
     cloud: MemoryCloud,
     state: MemoryState,
+    signals: LocalSignals,
     seen: Mutex<HashMap<String, u64>>,
     vms: Mutex<Vec<Vm>>,
     specs: Mutex<Vec<VmSpec>>,
     networks: Mutex<Vec<Network>>,
     versions: Mutex<BTreeMap<Key, u64>>,
+    notices: Mutex<HashMap<Key, Bytes>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,6 +177,10 @@ impl World {
 
     fn state(&self) -> &MemoryState {
         &self.0.state
+    }
+
+    fn signals(&self) -> &LocalSignals {
+        &self.0.signals
     }
 
     /// How often this was asked for the same key, this time included.
@@ -349,5 +362,17 @@ impl StateStore for Bent {
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Vec<(Key, Versioned)>> {
         let input = (prefix.to_owned(), after.cloned(), limit);
         bent!(self, list, input, self.world.state().list(prefix, after, limit))
+    }
+}
+
+#[async_trait]
+impl Signals for Bent {
+    async fn send(&self, topic: &Key, payload: Bytes) -> Result<()> {
+        let plain = payload.clone();
+        bent!(self, send, (topic.clone(), payload), self.world.signals().send(topic, plain))
+    }
+
+    async fn listen(&self, topic: &Key) -> Result<NoticeStream> {
+        bent!(self, listen, topic.clone(), self.world.signals().listen(topic))
     }
 }
