@@ -114,6 +114,8 @@ pub mod reason {
     pub const VERSION_MISMATCH: &str = "VERSION_MISMATCH";
     /// The package named is not in the registry, or no version matches.
     pub const PACKAGE_NOT_FOUND: &str = "PACKAGE_NOT_FOUND";
+    /// A secret was sealed with a key that is not at hand, or there is no key to seal one with.
+    pub const SEALED: &str = "SEALED";
     /// The queue is full; come back later.
     pub const QUEUE_FULL: &str = "QUEUE_FULL";
 }

@@ -72,6 +72,7 @@ pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
+pub mod seal;
 pub mod signal;
 pub mod state;
 

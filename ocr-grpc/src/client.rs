@@ -60,7 +60,7 @@ pub fn error(status: &Status) -> Error {
     error
 }
 
-const REASONS: [&str; 10] = [
+const REASONS: [&str; 11] = [
     reason::AGENT_ABSENT,
     reason::AGENT_NOT_READY,
     reason::AGENT_COMMAND_DISABLED,
@@ -70,6 +70,7 @@ const REASONS: [&str; 10] = [
     reason::LEASE_LOST,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
+    reason::SEALED,
     reason::QUEUE_FULL,
 ];
 

@@ -1,8 +1,12 @@
 //! `ocr serve`: everything in one process.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use ocr_core::{exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_core::{
+    exec::{self, SecretStorage},
+    lifecycle::DeployConfig,
+    queue::scheduler::SchedulerConfig,
+};
 use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
 use tokio_util::sync::CancellationToken;
 
@@ -14,7 +18,7 @@ use crate::{
     backends::Backends,
     logging,
     service::{Service, open_store, stop_on_signals, wait_for_backend},
-    settings::{LogSettings, Store},
+    settings::{LogSettings, Store, read_key_file},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
@@ -26,7 +30,12 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let _log = logging::start(&log).map_err(Failure::new)?;
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
-    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref()).await?;
+    let secrets = match (&args.state_key_file, &args.state) {
+        (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
+        (None, None) => SecretStorage::Memory,
+        (None, Some(_)) => SecretStorage::Refuse,
+    };
+    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref(), secrets).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -69,6 +78,7 @@ pub(crate) async fn start(
     listen: SocketAddr,
     packages: &Path,
     state: Option<&Path>,
+    secrets: SecretStorage,
 ) -> Result<Serving, Failure> {
     let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
     let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
@@ -83,6 +93,7 @@ pub(crate) async fn start(
         store,
         packages,
         config,
+        secrets,
         SchedulerConfig::default(),
     );
     let bound = service.bind(listen, Generation::Newer, true).await?;

@@ -1,6 +1,7 @@
 //! Runs conditions while somebody watches, and streams their values.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
@@ -42,6 +43,7 @@ pub(super) struct Runner {
 struct Shared {
     record: Record,
     line: String,
+    environment: BTreeMap<String, String>,
     interval: Duration,
     deadline: Duration,
     signal: watch::Sender<Signal>,
@@ -138,8 +140,10 @@ impl Inner {
             return Err(Error::internal("a condition without a command").on(format!("condition {}", record.id)));
         };
         let (id, vm, interval) = (record.id, record.vm, probe.interval());
+        let environment = record.secrets.environment()?.clone();
         let shared = Arc::new(Shared {
             line: probe.line,
+            environment,
             interval,
             deadline: self.config.action_deadline,
             signal: watch::Sender::new(Signal::default()),
@@ -272,7 +276,7 @@ impl Shared {
     fn request(&self, guest: &GuestCapabilities) -> ExecRequest {
         ExecRequest {
             user: self.record.user.clone(),
-            environment: self.record.environment.clone(),
+            environment: self.environment.clone(),
             deadline: self.deadline,
             output_limit_bytes: FETCHED_BYTES.min(guest.max_output_bytes),
             ..ExecRequest::shell(self.line.clone())

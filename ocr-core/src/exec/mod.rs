@@ -15,10 +15,11 @@
 //!   brought to its end and recorded.
 //!
 //! # What is kept
-//! Names, paths, digests, the account's name, a package's delete action, a condition's shell line and its environment,
-//! values and all, since it must run again after a restart of this server: who can read the store can read those.
-//! The environment of features and injects is not kept, and so their delete action runs without it. Passwords and
-//! private keys are never kept, and never reach the guest: its agent becomes the account's user by name.
+//! Names, paths, digests, the account's name, a package's delete action, a condition's shell line: who can read the
+//! store can read those. A condition's environment is needed again after a restart of this server, and may be secret:
+//! [`SecretStorage`] says what becomes of it. The environment of features and injects is not kept, and so their delete
+//! action runs without it. Passwords and private keys are never kept, and never reach the guest: its agent becomes the
+//! account's user by name.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
@@ -32,7 +33,7 @@
 //! use futures::StreamExt;
 //! use ocr_core::{
 //!     ComputeBackend,
-//!     exec::{Account, ConditionRequest, Config, Executor, Parts, Probe},
+//!     exec::{Account, ConditionRequest, Config, Executor, Parts, Probe, SecretStorage},
 //!     memory::{MemoryCloud, MemoryState},
 //!     package::LocalFolder,
 //!     queue::scheduler::{Scheduler, SchedulerConfig},
@@ -46,6 +47,7 @@
 //!     store: Arc::new(MemoryState::new()),
 //!     packages: Arc::new(LocalFolder::new("/srv/packages")),
 //!     scheduler: Scheduler::start(SchedulerConfig::default()),
+//!     secrets: SecretStorage::Memory,
 //! };
 //! let executor = Executor::new(parts, Config::default());
 //! executor.recover().await?;
@@ -77,12 +79,14 @@ use futures::Stream;
 use secrecy::SecretString;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use self::secrets::SecretStorage;
 use self::{
     condition::{Ended, Runner},
     hold::Holds,
     plan::Plan,
     record::{Record, Records, Stage, Stored, StoredProbe},
     remove::{Removal, Removed},
+    secrets::Secrets,
 };
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
@@ -99,6 +103,7 @@ mod record;
 mod recover;
 mod remove;
 mod request;
+mod secrets;
 mod turns;
 mod value;
 
@@ -127,6 +132,8 @@ pub struct Parts {
     pub packages: Arc<dyn PackageSource>,
     /// One operation per machine, so many at once.
     pub scheduler: Scheduler,
+    /// What becomes of secrets that are needed again later.
+    pub secrets: SecretStorage,
 }
 
 /// An executor's settings.
@@ -331,14 +338,14 @@ struct Inner {
 impl Executor {
     /// Makes an executor. [`Executor::recover`] should run before it serves.
     pub fn new(parts: Parts, config: Config) -> Self {
-        let Parts { guest, compute, store, packages, scheduler } = parts;
+        let Parts { guest, compute, store, packages, scheduler, secrets } = parts;
         Self {
             inner: Arc::new(Inner {
                 guest,
                 compute,
                 packages,
                 scheduler,
-                records: Records::new(store),
+                records: Records::new(store, secrets),
                 config,
                 holds: Holds::default(),
                 active: Mutex::default(),
@@ -383,7 +390,8 @@ impl Executor {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
             record.user = user(account);
-            record.environment = environment;
+            record.secrets = Secrets::of_environment(environment);
+            inner.records.check(&record)?;
             let plan = match probe {
                 Probe::Package(package) => inner.plan(&mut record, &package, &caller).await?,
                 Probe::Command { line, interval } => {
