@@ -61,6 +61,7 @@ impl Service {
             packages: Arc::new(LocalFolder::new(packages)),
             scheduler: scheduler.clone(),
             secrets,
+            fleet: None,
         };
         self.executor = Some((Executor::new(parts, config), scheduler));
         self

@@ -110,6 +110,8 @@ pub mod reason {
     pub const COMMAND_FAILED: &str = "COMMAND_FAILED";
     /// A lease was lost or taken over by a holder with a newer token.
     pub const LEASE_LOST: &str = "LEASE_LOST";
+    /// A guest has seen a newer fencing token than the request's.
+    pub const FENCED: &str = "FENCED";
     /// A write expected another version than the one stored.
     pub const VERSION_MISMATCH: &str = "VERSION_MISMATCH";
     /// The package named is not in the registry, or no version matches.

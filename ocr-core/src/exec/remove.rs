@@ -18,7 +18,7 @@ use super::{
     hold::Hold,
     install::{STORE_PATIENCE, command_failed},
     record::{Record, Stage, StoredAsset},
-    turns::{Slot, Turn, Verdict},
+    turns::{Slot, Turn, Verdict, is_elsewhere},
 };
 use crate::{Error, ErrorKind, ExecRequest, InstallId, OperationId, Result, Retry, VmId, error::reason};
 
@@ -107,7 +107,7 @@ impl Removal {
         if stored.record.stage == Stage::Installed
             && let Err(error) = inner.records.advance(&mut stored, Stage::Removing, STORE_PATIENCE).await
         {
-            return Turn::Failed(error);
+            return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
         }
         if stored.record.stage == Stage::Removing
             && !self.deleted

@@ -272,7 +272,7 @@ impl<'a> Actor<'a> {
         over.cancel();
         if let Some(listener) = shared.listener() {
             for vm in &ours {
-                listener.followed(*vm, Vec::new());
+                Arc::clone(&listener).followed(*vm, Vec::new());
                 listener.machine_changed(*vm);
             }
         }

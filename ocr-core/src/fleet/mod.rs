@@ -159,11 +159,11 @@ pub trait Listener: Send + Sync + 'static {
     /// A machine became this member's, or is it no more: [`Fleet::is_ours`] tells.
     fn machine_changed(&self, vm: VmId);
     /// These conditions of a machine of ours are watched elsewhere, and no others.
-    fn followed(&self, vm: VmId, conditions: Vec<InstallId>);
+    fn followed(self: Arc<Self>, vm: VmId, conditions: Vec<InstallId>);
     /// A condition that is watched here was run elsewhere.
     fn ran_elsewhere(&self, run: RunReport);
     /// Something may be gone: the store tells.
-    fn look_again(&self, what: Gone);
+    fn look_again(self: Arc<Self>, what: Gone);
 }
 
 /// What may be gone.
@@ -357,6 +357,18 @@ impl Fleet {
     /// This process's name in the fleet, while it is a member.
     pub fn member(&self) -> Option<MemberId> {
         self.shared.session().map(|session| session.member)
+    }
+
+    /// [`Fleet::member`], for work that must not be taken for abandoned.
+    ///
+    /// # Errors
+    /// `Conflict` with reason `LEASE_LOST`, safe to repeat, while this process is no member.
+    pub fn require_member(&self) -> Result<MemberId> {
+        self.member().ok_or_else(|| {
+            Error::new(ErrorKind::Conflict, "this executor has no session with the others' store now")
+                .with_reason(reason::LEASE_LOST)
+                .with_retry(Retry::Safe)
+        })
     }
 
     /// Whether a member's session stands.

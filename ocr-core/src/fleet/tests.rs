@@ -120,7 +120,7 @@ struct Heard {
 impl Listener for Heard {
     fn machine_changed(&self, _vm: VmId) {}
 
-    fn followed(&self, vm: VmId, conditions: Vec<InstallId>) {
+    fn followed(self: Arc<Self>, vm: VmId, conditions: Vec<InstallId>) {
         lock(&self.followed).insert(vm, conditions);
     }
 
@@ -128,7 +128,7 @@ impl Listener for Heard {
         lock(&self.runs).push(run);
     }
 
-    fn look_again(&self, what: Gone) {
+    fn look_again(self: Arc<Self>, what: Gone) {
         lock(&self.gone).push(what);
     }
 }
@@ -373,7 +373,7 @@ async fn together_they_have_as_many_slots_as_the_limit_and_they_go_where_the_wor
     *lock(&c.gates.demand) = 10;
     until("all have their part", || slots().iter().all(|slots| (3..=4).contains(slots))).await;
     *lock(&a.gates.demand) = 0;
-    drop(a.fleet.leave(TTL).await);
+    a.fleet.leave(TTL).await;
     until("the others share", || slots() == [0, 5, 5]).await;
 }
 

@@ -803,7 +803,7 @@ async fn an_operation_that_ran_elsewhere_carries_on_from_there() {
     let scheduler = Scheduler::start(SchedulerConfig::default());
     let (vm, interval) = (VmId::random(), Duration::from_secs(10));
     // So that the clock has a past.
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    sleep(Duration::from_secs(60)).await;
     for (last_run, wanted) in [(4, vec![6, 16, 26]), (10, vec![0, 10, 20]), (33, vec![0, 7, 17, 27])] {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let start = Instant::now();
@@ -815,7 +815,7 @@ async fn an_operation_that_ran_elsewhere_carries_on_from_there() {
                 async { Ok(()) }.boxed()
             })
         };
-        tokio::time::sleep(Duration::from_millis(27_500)).await;
+        sleep(Duration::from_millis(27_500)).await;
         drop(periodic.unwrap());
         assert_eq!(*seen.lock().unwrap(), wanted, "last run {last_run} s ago");
     }
