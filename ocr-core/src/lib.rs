@@ -82,6 +82,7 @@ pub use compute::{
 pub use error::{Error, ErrorKind, Result, Retry};
 pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
+    PutFiles, RemoveFiles,
 };
 pub use id::{ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
 pub use image::{

@@ -68,6 +68,7 @@ const REASONS: [&str; 11] = [
     reason::GUEST_NOT_RUNNING,
     reason::COMMAND_FAILED,
     reason::LEASE_LOST,
+    reason::FENCED,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
     reason::SEALED,

@@ -424,10 +424,14 @@ table! {
         guest_put_parents [Guest] "missing folders are made when asked for";
         guest_put_no_parents [Guest] "missing folders are an error otherwise";
         guest_put_onto_folder [Guest] "a folder is not replaced by a file";
+        guest_put_many [Guest] "many files arrive together";
+        guest_put_names_the_file [Guest] "one bad file keeps all from being written, and is named";
+        guest_put_twice [Guest] "a path that is there twice is refused";
         guest_get_missing [Guest] "a file that does not exist is not found";
         guest_get_limit [Guest] "a file over the limit is not read";
         guest_remove [Guest] "a removed file is gone, removing it again is fine";
         guest_remove_folder [Guest] "a folder is not removed";
+        guest_remove_many [Guest] "each of many paths has its own outcome";
         guest_exec_output [Guest] "exit code, stdout and stderr come back byte for byte";
         guest_exec_output_limit [Guest] "long output is cut and flagged";
         guest_exec_large_output [Guest, LargeOutput] "megabytes of output come back whole";
@@ -443,6 +447,13 @@ table! {
         guest_exec_deadline [Guest] "a command ends at its deadline, children too";
         guest_exec_no_program [Guest] "a missing program is exit code 127";
         guest_exec_progress [Guest, Streaming] "output is sent while the command runs";
+        guest_fence_refuses [Guest] "an older token is refused";
+        guest_fence_files [Guest] "files and commands have one fence";
+        guest_fence_reboot [Machine, Power] "a reboot forgets no token";
+        guest_fence_none [Guest] "without a token nothing is refused";
+        guest_fence_waits [Guest] "nothing begins before what is older has ended";
+        guest_fence_wait_ends [Guest] "waiting for what is older has an end";
+        guest_fence_takes_over [Guest] "a newer token gets the older run's result";
     }
     State in state {
         state_roundtrip [] "records come back as written";

@@ -21,7 +21,7 @@ use super::{
     remove::{Removal, Removed},
     turns::{Slot, Turn, Verdict, gone, is_elsewhere},
 };
-use crate::{Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry, error::reason};
+use crate::{Error, ErrorKind, ExecOutput, ExecRequest, PutFiles, Result, Retry, error::reason};
 
 /// How much of an action's output is fetched at least, so that an error can show its end, in bytes.
 const FETCHED_BYTES: u64 = 1 << 20;
@@ -29,6 +29,8 @@ const FETCHED_BYTES: u64 = 1 << 20;
 const TURN_MARGIN: Duration = Duration::from_secs(120);
 /// A guest that takes files slower than this is broken, in bytes a second.
 const LEAST_COPY_RATE: u64 = 64 << 10;
+/// So much of a package is in memory while it is copied, or one asset if that is larger, in bytes.
+const BATCH_BYTES: u64 = 32 << 20;
 /// How long the store may be away when a stage is recorded.
 pub(super) const STORE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -247,13 +249,13 @@ impl Job {
                 Err(error) => return Turn::Failed(error),
             }
         }
-        while let Some(file) = self.files.get(self.written) {
-            let file = match file.read().await {
-                Ok(file) => file,
+        while self.written < self.files.len() {
+            let (request, next) = match self.batch().await {
+                Ok(batch) => batch,
                 Err(error) => return Turn::Failed(error),
             };
-            match inner.guest.put_file(vm, &file).await {
-                Ok(()) => self.written += 1,
+            match inner.guest.put_files(vm, &request).await {
+                Ok(()) => self.written = next,
                 Err(error) => return inner.refused(vm, error).await,
             }
         }
@@ -270,7 +272,8 @@ impl Job {
             match inner.guest.exec(vm, action).await {
                 Ok(output) if output.success() => self.output = Some(output),
                 Ok(output) => return Turn::Failed(self.action_failed(&output)),
-                Err(error) if error.kind() == ErrorKind::TimedOut => {
+                // One that is safe to repeat did not begin.
+                Err(error) if error.kind() == ErrorKind::TimedOut && error.retry() != Retry::Safe => {
                     return Turn::Failed(
                         Error::timed_out(format!("{}; {}", self.of_package("the action"), error.message()))
                             .with_retry(Retry::Never)
@@ -287,6 +290,23 @@ impl Job {
             }
         }
         Turn::Done(())
+    }
+
+    /// The next files to copy, and the place after them: all of a package, unless it is too large to be held at once.
+    async fn batch(&self) -> Result<(PutFiles, usize)> {
+        let (mut request, mut bytes, mut next) = (PutFiles::default(), 0, self.written);
+        while let Some(file) = self.files.get(next) {
+            bytes += file.stored.bytes;
+            if bytes > BATCH_BYTES && !request.files.is_empty() {
+                break;
+            }
+            next += 1;
+            // Of several assets for one place the last one counts.
+            if !self.files[next..].iter().any(|later| later.stored.path == file.stored.path) {
+                request.files.push(file.read().await?);
+            }
+        }
+        Ok((request, next))
     }
 
     /// What comes after the queue: the reboot, and the record that says "installed".

@@ -27,7 +27,7 @@ use crate::{
     Access, ComputeBackend, ComputeCapabilities, Deletion, Error, ErrorKind, ExecOutput, ExecRequest,
     GuestCapabilities, GuestExec, GuestInfo, Image, ImageBackend, ImageCapabilities, ImageFilter, ImageId, ImageSpec,
     Key, Name, Network, NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId, NetworkSpec, PowerAction,
-    Precondition, PutFile, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
+    Precondition, PutFiles, RemoveFiles, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
     memory::{MemoryCloud, MemoryOptions, MemoryState},
     signal::{LocalSignals, NoticeStream, Signals},
 };
@@ -114,9 +114,9 @@ hooks! {
     capture_vm: (VmId, Name, Tags) => Image;
     export_image: (ImageId, PathBuf) => u64;
     guest_info: VmId => GuestInfo;
-    put_file: (VmId, PutFile) => ();
+    put_files: (VmId, PutFiles) => ();
     get_file: (VmId, String, u64) => Bytes;
-    remove_file: (VmId, String) => Deletion;
+    remove_files: (VmId, RemoveFiles) => Vec<Result<Deletion>>;
     exec: (VmId, ExecRequest) => ExecOutput;
     get: Key => Option<Versioned>;
     put: (Key, Bytes, Precondition, Option<Duration>) => Version;
@@ -326,8 +326,8 @@ impl GuestExec for Bent {
         bent!(self, guest_info, vm, self.world.cloud().guest_info(vm))
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        bent!(self, put_file, (vm, file.clone()), self.world.cloud().put_file(vm, file))
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        bent!(self, put_files, (vm, request.clone()), self.world.cloud().put_files(vm, request))
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
@@ -335,8 +335,8 @@ impl GuestExec for Bent {
         bent!(self, get_file, input, self.world.cloud().get_file(vm, path, limit_bytes))
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        bent!(self, remove_file, (vm, path.to_owned()), self.world.cloud().remove_file(vm, path))
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        bent!(self, remove_files, (vm, request.clone()), self.world.cloud().remove_files(vm, request))
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
