@@ -244,6 +244,8 @@ impl Job {
             // not, the record now says that it is being worked on.
             let stage = stored.record.stage;
             match inner.records.advance(stored, stage, STORE_PATIENCE).await {
+                // What others undid meanwhile may have been assets of this one too.
+                Ok(()) if stage == Stage::Copying => self.written = 0,
                 Ok(()) => {}
                 Err(error) if is_elsewhere(&error) => return Turn::NotYet(error),
                 Err(error) => return Turn::Failed(error),

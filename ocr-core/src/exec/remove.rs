@@ -246,11 +246,16 @@ impl Inner {
         let others = self.records.of_vm(record.vm).await?;
         Ok(others
             .into_iter()
-            .filter(|other| other.record.id != record.id && other.record.stage == Stage::Installed)
+            .filter(|other| other.record.id != record.id && has_assets(other.record.stage))
             .flat_map(|other| other.record.assets)
             .map(|asset| asset.path)
             .collect())
     }
+}
+
+/// Whether an install's assets are all there, and wanted. One that still copies writes its own again if need be.
+fn has_assets(stage: Stage) -> bool {
+    matches!(stage, Stage::Acting | Stage::Installed)
 }
 
 /// Lower-case hex.

@@ -287,6 +287,7 @@ impl<'a> Actor<'a> {
             once: u32,
             pins: u32,
             turns: u32,
+            fenced: Option<FencingToken>,
             watched: u32,
         }
         let changed: Vec<Changed> = {
@@ -296,15 +297,15 @@ impl<'a> Actor<'a> {
             for vm in dirty {
                 let Some(needs) = local.needs.get_mut(&vm) else { continue };
                 let watched = u32::try_from(needs.watched.len()).unwrap_or(u32::MAX);
-                let turns = std::mem::take(&mut needs.turns);
-                changed.push(Changed { vm, once: needs.once, pins: needs.pins, turns, watched });
+                let (turns, fenced) = (std::mem::take(&mut needs.turns), needs.fenced.take());
+                changed.push(Changed { vm, once: needs.once, pins: needs.pins, turns, fenced, watched });
                 if needs.is_empty() {
                     local.needs.remove(&vm);
                 }
             }
             changed
         };
-        for Changed { vm, once, pins, turns, watched } in changed {
+        for Changed { vm, once, pins, turns, fenced, watched } in changed {
             let machine = &mut self.entry(vm).machine;
             let more_watched = watched > machine.watched;
             (machine.once, machine.pins, machine.watched) = (once, pins, watched);
@@ -312,6 +313,9 @@ impl<'a> Actor<'a> {
                 self.event(vm, Event::Turn);
             }
             self.event(vm, Event::Need);
+            if let Some(token) = fenced {
+                self.event(vm, Event::Fenced(token));
+            }
             if more_watched {
                 self.event(vm, Event::Watch);
             }

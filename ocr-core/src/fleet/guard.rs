@@ -5,15 +5,15 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::Fleet;
+use super::{Fleet, Permit};
 use crate::{
     ComputeBackend, ComputeCapabilities, Deletion, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo,
-    PowerAction, PutFile, Result, Vm, VmFilter, VmId, VmSpec,
+    PowerAction, PutFiles, RemoveFiles, Result, Vm, VmFilter, VmId, VmSpec, error::reason,
 };
 
 /// A backend whose machines belong to members of a fleet.
 ///
-/// Each call in a guest wants the machine to be ours, and is dropped at once when the session ends, with reason `LEASE_LOST`
+/// Each call in a guest wants the machine to be ours, goes out under the machine's token, and is dropped at once when the session ends, with reason `LEASE_LOST`
 /// and safe to come again: the operation id is the same, so what ran is not run twice. So does a change of a machine's
 /// power. Reading what the compute backend knows takes no permit.
 #[derive(Debug)]
@@ -31,6 +31,16 @@ impl<B: ?Sized> Guarded<B> {
     async fn call<T>(&self, vm: VmId, call: impl Future<Output = Result<T>>) -> Result<T> {
         self.fleet.permit(vm)?.during(vm, call).await
     }
+
+    /// A guest that has seen a newer token than the owner's needs a newer one still.
+    fn heed<T>(&self, vm: VmId, permit: &Permit, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && error.reason() == Some(reason::FENCED)
+        {
+            self.fleet.fenced(vm, permit.token());
+        }
+        result
+    }
 }
 
 #[async_trait]
@@ -43,20 +53,26 @@ impl<B: GuestExec + ?Sized> GuestExec for Guarded<B> {
         self.call(vm, self.inner.guest_info(vm)).await
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        self.call(vm, self.inner.put_file(vm, file)).await
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        let permit = self.fleet.permit(vm)?;
+        let request = PutFiles { fence: Some(permit.token()), ..request.clone() };
+        self.heed(vm, &permit, permit.during(vm, self.inner.put_files(vm, &request)).await)
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
         self.call(vm, self.inner.get_file(vm, path, limit_bytes)).await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.call(vm, self.inner.remove_file(vm, path)).await
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        let permit = self.fleet.permit(vm)?;
+        let request = RemoveFiles { fence: Some(permit.token()), ..request.clone() };
+        self.heed(vm, &permit, permit.during(vm, self.inner.remove_files(vm, &request)).await)
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
-        self.call(vm, self.inner.exec(vm, request)).await
+        let permit = self.fleet.permit(vm)?;
+        let request = ExecRequest { fence: Some(permit.token()), ..request.clone() };
+        self.heed(vm, &permit, permit.during(vm, self.inner.exec(vm, &request)).await)
     }
 }
 

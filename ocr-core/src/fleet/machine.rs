@@ -19,6 +19,9 @@
 //! ownership no older one can have an effect. The giver writes the taker's name only when nothing runs on the machine
 //! any more, and from there on the record is a reservation that the taker makes its own by one more write.
 //!
+//! (Not shown: a guest that refuses the owner's token as too old gets a newer one: from Ours through Renewing, with the
+//! gate closed, to Taking.)
+//!
 //! So, whatever is lost, late or repeated: of the members whose sessions stand at most one is in `Ours` or `Closing`.
 
 use serde::{Deserialize, Serialize};
@@ -32,6 +35,9 @@ pub(super) struct OwnerRecord {
     pub(super) token: FencingToken,
 }
 
+/// So far a token goes ahead after the guest refused one for the first time, and at most, in microseconds: a second, a day.
+const FIRST_LEAP_US: u64 = 1_000_000;
+const LONGEST_LEAP_US: u64 = 86_400_000_000;
 /// So many ticks a machine that nothing needs is kept, and then released.
 const IDLE_TICKS: u32 = 30;
 /// So many ticks one keeps a machine that others want, though none of one's own operations has had its turn on it.
@@ -60,6 +66,8 @@ pub(super) struct Machine {
     ticks: u32,
     /// Whether the owner was asked for it.
     asked: bool,
+    /// How far the next token goes ahead of the one before, in microseconds.
+    leap: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +87,11 @@ enum State {
         version: Version,
         token: FencingToken,
     },
+    /// The guest wants a newer token: the machine stays ours, and nothing runs until there is one.
+    Renewing {
+        version: Version,
+        token: FencingToken,
+    },
     Giving {
         to: MemberId,
     },
@@ -92,6 +105,8 @@ pub(super) enum Event {
     Need,
     /// What is watched here changed.
     Watch,
+    /// The guest refused this token as too old.
+    Fenced(FencingToken),
     /// A one-shot here had its turn.
     Turn,
     /// The record was read.
@@ -182,12 +197,13 @@ impl Machine {
             turns: 0,
             ticks: 0,
             asked: false,
+            leap: 0,
         }
     }
 
     /// Whether operations may run here.
     pub(super) fn may_run(&self) -> bool {
-        matches!(self.state, State::Ours { .. } | State::Closing { .. })
+        matches!(self.state, State::Ours { .. } | State::Closing { .. } | State::Renewing { .. })
     }
 
     /// Who runs what we watch here.
@@ -228,6 +244,13 @@ impl Machine {
             }
             (Event::Watch, State::Theirs(owner)) if self.watched > 0 => effects.push(Effect::Follow(owner)),
             (Event::Need | Event::Watch, _) => {}
+            (Event::Fenced(refused), State::Ours { version, token }) if refused == token => {
+                // Further with each refusal, so that it is over soon whatever the guest has seen.
+                self.leap = (self.leap * 8).clamp(FIRST_LEAP_US, LONGEST_LEAP_US);
+                self.enter(State::Renewing { version, token });
+                effects.push(Effect::Close);
+            }
+            (Event::Fenced(_), _) => {}
             (Event::Turn, State::Ours { .. } | State::Closing { .. }) => self.turns += 1,
             (Event::Turn, _) => {}
 
@@ -289,6 +312,9 @@ impl Machine {
                     }
                     None => self.reopen(version, token, effects),
                 }
+            }
+            (Event::Closed, State::Renewing { version, token }) => {
+                self.write(Some((version, FencingToken(token.0.saturating_add(self.leap)))), effects);
             }
             (Event::Closed, _) => {}
 

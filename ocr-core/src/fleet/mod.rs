@@ -284,6 +284,7 @@ struct Needs {
     once: u32,
     pins: u32,
     turns: u32,
+    fenced: Option<FencingToken>,
     watched: BTreeMap<InstallId, u32>,
 }
 
@@ -415,6 +416,16 @@ impl Fleet {
             }
             (None, _) => Err(lost(vm, "this executor has no session with the others' store now")),
             (_, None) => Err(lost(vm, "another executor has the machine now")),
+        }
+    }
+
+    /// A guest refused this token though the machine is ours: it has seen a newer one, of a store that has forgotten it or
+    /// of an executor whose clock is ahead. The machine gets a newer token.
+    pub(crate) fn fenced(&self, vm: VmId, token: FencingToken) {
+        let ours = lock(&self.shared.live).owned.get(&vm) == Some(&token);
+        if ours {
+            tracing::warn!(%vm, "a guest has seen a newer token than its owner's; it gets another one");
+            self.shared.change(vm, |needs| needs.fenced = Some(token));
         }
     }
 

@@ -13,8 +13,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use ocr_core::{
     Command, ComputeBackend, ComputeCapabilities, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, FencingToken,
-    GuestCapabilities, GuestExec, GuestInfo, Name, OperationId, OsFamily, PowerAction, PutFile, Result, Vm, VmFilter,
-    VmId, VmSpec, VmState, error::reason,
+    GuestCapabilities, GuestExec, GuestInfo, Name, OperationId, OsFamily, PowerAction, PutFiles, RemoveFiles, Result,
+    Vm, VmFilter, VmId, VmSpec, VmState, error::reason,
 };
 use tokio::time::{Instant, sleep};
 
@@ -156,11 +156,12 @@ impl Way {
         let mut begun = {
             let state = &mut *machines.lock();
             let machine = state.machines.get_mut(&vm).ok_or_else(|| gone(vm))?;
-            if token < machine.newest {
+            // What reads only, and what the cloud does, has no token.
+            if token.is_some() && token < machine.newest {
                 state.fenced += 1;
                 return Err(Error::new(ErrorKind::Conflict, "a newer token was seen").with_reason(reason::FENCED));
             }
-            machine.newest = token;
+            machine.newest = machine.newest.max(token);
             if machine.boots_until.is_some_and(|end| Instant::now() < end) {
                 return Err(Error::unavailable("the guest boots").with_reason(reason::AGENT_NOT_READY));
             }
@@ -180,11 +181,6 @@ impl Way {
         };
         begun.done = true;
         result
-    }
-
-    /// A request without a token, in a fleet, is as old as can be: nothing is newer than none here.
-    fn without_token(&self, vm: VmId) -> Option<FencingToken> {
-        self.machines.lock().machines.get(&vm).and_then(|machine| machine.newest)
     }
 }
 
@@ -216,28 +212,34 @@ impl GuestExec for Way {
             os_family: OsFamily::Linux,
             os_name: String::new(),
         };
-        self.operate(vm, self.without_token(vm), "info".to_owned(), |_| Ok(info)).await
+        self.operate(vm, None, "info".to_owned(), |_| Ok(info)).await
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        let (path, content) = (file.path.clone(), file.content.clone());
-        self.operate(vm, self.without_token(vm), format!("put {path}"), |machine| {
-            machine.files.insert(path, content);
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        let files = request.files.clone();
+        let what = format!("put {:?}", files.iter().map(|file| &file.path).collect::<Vec<_>>());
+        self.operate(vm, request.fence, what, |machine| {
+            machine.files.extend(files.into_iter().map(|file| (file.path, file.content)));
             Ok(())
         })
         .await
     }
 
     async fn get_file(&self, vm: VmId, path: &str, _limit_bytes: u64) -> Result<Bytes> {
-        self.operate(vm, self.without_token(vm), format!("get {path}"), |machine| {
+        self.operate(vm, None, format!("get {path}"), |machine| {
             machine.files.get(path).cloned().ok_or_else(|| Error::not_found("no such file"))
         })
         .await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.operate(vm, self.without_token(vm), format!("remove {path}"), |machine| {
-            Ok(if machine.files.remove(path).is_some() { Deletion::Deleted } else { Deletion::AlreadyGone })
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        let paths = request.paths.clone();
+        self.operate(vm, request.fence, format!("remove {paths:?}"), |machine| {
+            let remove = |path: &String| match machine.files.remove(path) {
+                Some(_) => Ok(Deletion::Deleted),
+                None => Ok(Deletion::AlreadyGone),
+            };
+            Ok(paths.iter().map(remove).collect())
         })
         .await
     }
@@ -248,7 +250,7 @@ impl GuestExec for Way {
             Command::Argv(argv) => argv.join(" "),
         };
         let operation = request.operation;
-        self.operate(vm, self.without_token(vm), line.clone(), |machine| {
+        self.operate(vm, request.fence, line.clone(), |machine| {
             // What ran under this id is not run again.
             let fails = line.contains("fails");
             let code = *machine.ran.entry(operation).or_insert(i32::from(fails));
@@ -279,7 +281,7 @@ impl ComputeBackend for Way {
 
     async fn set_power(&self, id: VmId, _action: PowerAction) -> Result<()> {
         let down = self.machines.random.millis(5, 60);
-        self.operate(id, self.without_token(id), "reboot".to_owned(), |machine| {
+        self.operate(id, None, "reboot".to_owned(), |machine| {
             machine.boots += 1;
             machine.boots_until = Some(Instant::now() + down);
             Ok(())

@@ -72,6 +72,7 @@ enum Step {
     Finish(usize),
     Pin(usize),
     Watch(usize),
+    Fenced(usize),
     End(usize),
     Join(usize),
 }
@@ -85,6 +86,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => who.clone().prop_map(Step::Finish),
         1 => who.clone().prop_map(Step::Pin),
         1 => who.clone().prop_map(Step::Watch),
+        1 => who.clone().prop_map(Step::Fenced),
         1 => who.clone().prop_map(Step::End),
         2 => who.prop_map(Step::Join),
     ];
@@ -125,6 +127,7 @@ impl World {
             self.pending.push(match effect {
                 Effect::Look => Pending::Look { who, session },
                 Effect::Take(there) => {
+                    assert!(!self.processes[who].running, "taken while it runs");
                     let token = there.map_or(FencingToken(0), |(_, token)| token);
                     Pending::Write { who, session, over: there.map(|(version, _)| version), record: record(me, token) }
                 }
@@ -248,6 +251,11 @@ impl World {
             Step::Watch(who) => {
                 self.processes[who].machine.watched ^= 1;
                 self.event(who, Event::Watch);
+            }
+            Step::Fenced(who) => {
+                if let Some(token) = self.processes[who].tokens.last().copied() {
+                    self.event(who, Event::Fenced(token));
+                }
             }
             Step::End(who) => {
                 let process = &mut self.processes[who];
