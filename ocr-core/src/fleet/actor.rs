@@ -69,11 +69,18 @@ pub(super) async fn run(shared: Arc<Shared>) {
         tracing::info!(%member, "joined the executors that share this store");
         let (ending, calls) = Actor::new(&shared, &session).serve(session, notices).await;
         shared.tasks.spawn(give_back(Arc::clone(&shared), member, calls));
+        // What still runs has no leave to act, so it ends soon. Under the next session it would, beside as many as that one
+        // may run.
+        let drained = shared.gates.resize(0);
         match ending {
             Ending::Left => break,
             Ending::Lost => {
                 tracing::warn!(%member, "the session with the other executors is lost; nothing runs until there is a new one");
                 shared.membership.send_replace(Membership::Lost);
+                tokio::select! {
+                    () = drained => {}
+                    () = leaving.cancelled() => break,
+                }
             }
         }
     }
@@ -331,6 +338,7 @@ impl<'a> Actor<'a> {
     fn event(&mut self, vm: VmId, event: Event) {
         let machine = &mut self.entry(vm).machine;
         let effects = machine.on(event);
+        tracing::trace!(%vm, ?event, ?machine, ?effects);
         let over = machine.is_over();
         for effect in effects {
             self.effect(vm, effect);

@@ -61,7 +61,7 @@ fn judge(outcomes: &[(u64, Outcome)]) {
 }
 
 fn log() {
-    if env::var_os("OCR_SEED").is_some() {
+    if env::var_os("OCR_SEED").is_some() || env::var_os("RUST_LOG").is_some() {
         let filter = env::var("RUST_LOG").unwrap_or_else(|_| "ocr_core=info".to_owned());
         let _ = tracing_subscriber::fmt().with_env_filter(filter).try_init();
     }
@@ -131,4 +131,87 @@ fn in_memory_no_history_breaks_a_promise() {
     let outcomes: Vec<_> = workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect();
     println!("{:?}", began.elapsed());
     judge(&outcomes);
+}
+
+/// On a real server that is killed and started again, and stopped in its steps.
+#[cfg(feature = "redis")]
+mod on_redis {
+    use std::sync::Mutex;
+
+    use futures::{StreamExt, stream};
+    use ocr_core::state::redis::{Address, Place, RedisConfig, RedisStore};
+    use tokio::task::spawn_blocking;
+
+    use super::*;
+    use crate::redis::{Options, Server, need_redis};
+
+    /// So many seeds run beside each other: most of the time each waits.
+    const AT_ONCE: usize = 6;
+
+    fn store(server: &Server) -> RedisStore {
+        let place = Place::Single(Address::new("127.0.0.1", server.port));
+        RedisStore::new(RedisConfig { deadline: Duration::from_millis(300), ..RedisConfig::new(place) }).unwrap()
+    }
+
+    async fn run(seed: u64) -> Outcome {
+        let plan = Plan {
+            lease_ttl: Duration::from_secs(1),
+            length: Duration::from_millis(2500),
+            interval: Duration::from_millis(300),
+            installs: 50,
+            conditions: 20,
+            longest_ms: 15,
+        };
+        let machines = Machines::new(MACHINES, Random::new(seed ^ 1), plan.longest_ms);
+        let (server, shelf) = (Server::start(Options::durable()), Shelf::new());
+        let processes = (0..EXECUTORS)
+            .map(|index| {
+                // Connections of its own, as a process has.
+                let store = store(&server);
+                let signals = Arc::new(store.signals());
+                process(index, &machines, &shelf, &plan, Arc::new(store), signals)
+            })
+            .collect();
+        let world = World::new(processes, machines, plan, seed);
+        let server = Arc::new(Mutex::new(server));
+        let kept = server.clone();
+        let trouble = async move {
+            let random = Random::new(seed ^ 99);
+            let end = Instant::now() + plan.length;
+            let mut outages = 0;
+            if seed.is_multiple_of(4) {
+                sleep(plan.length).await;
+                return outages;
+            }
+            while Instant::now() < end {
+                sleep(random.millis(50, 800)).await;
+                if random.once_in(2) {
+                    server.lock().unwrap().pause();
+                    sleep(random.millis(20, 1500)).await;
+                    server.lock().unwrap().resume();
+                } else {
+                    server.lock().unwrap().kill();
+                    sleep(random.millis(0, 1000)).await;
+                    let server = server.clone();
+                    spawn_blocking(move || server.lock().unwrap().restart()).await.unwrap();
+                }
+                outages += 1;
+            }
+            outages
+        };
+        let outcome = world.run(trouble).await;
+        drop(kept);
+        outcome
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_history_breaks_a_promise() {
+        need_redis!();
+        log();
+        let began = Instant::now();
+        let runs = stream::iter(seeds(100)).map(|seed| tokio::spawn(async move { (seed, run(seed).await) }));
+        let outcomes: Vec<_> = runs.buffer_unordered(AT_ONCE).map(|outcome| outcome.unwrap()).collect().await;
+        println!("{:?}", began.elapsed());
+        judge(&outcomes);
+    }
 }

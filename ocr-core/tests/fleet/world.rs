@@ -24,8 +24,9 @@ use ocr_core::{
 };
 use tokio::{
     task::JoinSet,
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use crate::sim::{Machines, Operation, Random, Way};
 
@@ -198,7 +199,7 @@ impl World {
     }
 
     /// Makes a condition and watches it through some executors; says how often each stream got a value.
-    async fn watch(self: Arc<Self>, index: usize, until: Instant) -> Vec<String> {
+    async fn watch(self: Arc<Self>, index: usize, over: CancellationToken) -> Vec<String> {
         let request = || ConditionRequest {
             name: "condition".to_owned(),
             vm: self.machines.vms[index % MACHINES],
@@ -216,7 +217,7 @@ impl World {
         let count = 1 + self.random.below(EXECUTORS as u64) as usize;
         let mut streams = JoinSet::new();
         for offset in 0..count {
-            let (world, through) = (self.clone(), (first + offset) % EXECUTORS);
+            let (world, through, over) = (self.clone(), (first + offset) % EXECUTORS, over.clone());
             streams.spawn(async move {
                 let executor = &world.processes[through].executor;
                 let mut values = loop {
@@ -227,19 +228,20 @@ impl World {
                 };
                 let (mut latest, mut ended) = (None, None);
                 // It stays until the end, and hears something then too.
-                while let Ok(next) = timeout(until.saturating_duration_since(Instant::now()), values.next()).await {
+                while let Some(next) = over.run_until_cancelled(values.next()).await {
                     match next {
                         Some(Ok(_)) => latest = Some(Instant::now()),
                         Some(Err(error)) => ended = Some(error.to_string()),
                         None => break,
                     }
                 }
+                let on = world.machines.vms[index % MACHINES];
                 let fresh = Instant::now().checked_sub(world.plan.interval * 4 + world.plan.lease_ttl);
                 match (ended, latest) {
                     (Some(error), _) => Some(format!("a stream through {through} ended: {error}")),
-                    (None, None) => Some(format!("condition {index} through {through} gave nothing at all")),
+                    (None, None) => Some(format!("condition {index} on {on} through {through} gave nothing at all")),
                     (None, Some(latest)) if fresh.is_some_and(|fresh| latest < fresh) => {
-                        Some(format!("condition {index} through {through} fell silent {:?} ago", latest.elapsed()))
+                        Some(format!("condition {index} on {on} through {through} fell silent {:?} ago", latest.elapsed()))
                     }
                     _ => None,
                 }
@@ -257,23 +259,39 @@ impl World {
             let mut membership = process.fleet.membership();
             drop(membership.wait_for(|now| matches!(now, Membership::Member(_))).await);
         }
-        // Values must come again after the trouble: within so long everybody has joined and found its machines.
-        let quiet = self.plan.lease_ttl * 4 + self.plan.interval * 4;
-        let until = Instant::now() + self.plan.length + quiet;
+        let over = CancellationToken::new();
         let mut watches = JoinSet::new();
         for index in 0..self.plan.conditions {
-            watches.spawn(self.clone().watch(index, until));
+            watches.spawn(self.clone().watch(index, over.clone()));
         }
         let mut work = JoinSet::new();
         for _ in 0..self.plan.installs {
             work.spawn(self.clone().work());
         }
         let outages = trouble.await;
+        let quiet = Instant::now() + self.plan.lease_ttl * 4 + self.plan.interval * 4;
         if timeout(Duration::from_secs(90), work.join_all()).await.is_err() {
             outcome.faults.push("an install or a removal never came to an end".to_owned());
         }
+        // Values must come again after the trouble: within so long everybody has joined and found its machines.
+        sleep_until(quiet).await;
+        over.cancel();
         outcome.faults.extend(watches.join_all().await.into_iter().flatten());
         let ended = Instant::now();
+        if !outcome.faults.is_empty() {
+            // How the executors stand tells where to look.
+            for (index, process) in self.processes.iter().enumerate() {
+                let queue = process.scheduler.snapshot();
+                outcome.faults.push(format!(
+                    "executor {index}: {:?}, {} slots, {} ready, {} open, running {:?}",
+                    process.fleet,
+                    queue.max_connections,
+                    queue.depth,
+                    queue.vms.iter().filter(|vm| vm.open).count(),
+                    queue.running,
+                ));
+            }
+        }
 
         // What trouble left over is put in order by any of them.
         let recovered = timeout(Duration::from_secs(60), self.recover()).await;
