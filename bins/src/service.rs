@@ -1,20 +1,28 @@
 //! What a server serves: put together once, run, drained.
 
-use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use ocr_core::{
     Error, Owner, Result, Retry, StateStore,
     exec::{self, Executor, SecretStorage},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
-    package::LocalFolder,
+    package::{
+        LocalFolder, PackageSource,
+        query::{self, Queries},
+        registry::Registry,
+    },
     queue::scheduler::{Scheduler, SchedulerConfig},
-    state::embedded::EmbeddedStore,
+    signal::{LocalSignals, Signals},
+    state::{embedded::EmbeddedStore, redis::RedisStore},
 };
 use ocr_grpc::{Bound, Generation, Readiness, Server};
 use tokio_util::sync::CancellationToken;
 
-use crate::{backends::Backends, settings::Store};
+use crate::{
+    backends::Backends,
+    settings::{Packages, Store},
+};
 
 /// Between two tries to put the house in order at start, while the backend is away.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
@@ -26,6 +34,7 @@ pub struct Service {
     /// Where the deployer's machines may have left disks, and whose they are.
     disks: Option<(Backends, Owner)>,
     executor: Option<(Executor, Scheduler)>,
+    queries: Option<Queries>,
 }
 
 impl Service {
@@ -43,12 +52,12 @@ impl Service {
         self
     }
 
-    /// With features, injects and conditions. Call it on a runtime: the queue's workers start.
+    /// With features, injects, conditions, and answers about packages. Call it on a runtime: the queue's workers start.
     pub fn with_executor(
         mut self,
         backends: &Backends,
         store: Arc<dyn StateStore>,
-        packages: &Path,
+        packages: Arc<dyn PackageSource>,
         config: exec::Config,
         secrets: SecretStorage,
         queue: SchedulerConfig,
@@ -57,13 +66,14 @@ impl Service {
         let parts = exec::Parts {
             guest: backends.guest.clone(),
             compute: backends.compute.clone(),
-            store,
-            packages: Arc::new(LocalFolder::new(packages)),
+            store: store.clone(),
+            packages: packages.clone(),
             scheduler: scheduler.clone(),
             secrets,
             fleet: None,
         };
         self.executor = Some((Executor::new(parts, config), scheduler));
+        self.queries = Some(Queries::new(packages, store, query::Config::default()));
         self
     }
 
@@ -78,6 +88,9 @@ impl Service {
         }
         if let Some((executor, _)) = &self.executor {
             server = server.executor(executor.clone());
+        }
+        if let Some(queries) = &self.queries {
+            server = server.queries(queries.clone());
         }
         server.bind(listen).await
     }
@@ -152,15 +165,72 @@ impl Service {
     }
 }
 
-/// Opens the store.
+/// What processes with the same store share.
+#[derive(Clone, Debug)]
+pub struct Shared {
+    /// Keeps the records.
+    pub store: Arc<dyn StateStore>,
+    /// Carries notices between those who share the store; within this process alone when nobody does.
+    pub signals: Arc<dyn Signals>,
+}
+
+/// Opens the store. One on a server is not asked yet.
 ///
 /// # Errors
 /// When its file cannot be opened, or another process has it.
 pub fn open_store(store: &Store) -> Result<Arc<dyn StateStore>> {
-    Ok(match store {
+    Ok(open_shared(store)?.store)
+}
+
+fn open_shared(store: &Store) -> Result<Shared> {
+    let store: Arc<dyn StateStore> = match store {
+        Store::Redis(config) => {
+            return Ok(over_redis(RedisStore::new((**config).clone())?));
+        }
         Store::Embedded(path) => Arc::new(EmbeddedStore::open(path)?),
         Store::Memory => Arc::new(MemoryState::new()),
-    })
+    };
+    Ok(Shared { store, signals: Arc::new(LocalSignals::new()) })
+}
+
+fn over_redis(store: RedisStore) -> Shared {
+    Shared { signals: Arc::new(store.signals()), store: Arc::new(store) }
+}
+
+/// Opens the store, and asks one on a server again and again while that is away; `None` when the process is told to stop
+/// first.
+///
+/// # Errors
+/// Those that no waiting will cure: a file that another process has, a password that is wrong.
+pub async fn wait_for_store(store: &Store, stop: &CancellationToken) -> Result<Option<Shared>> {
+    if let Store::Redis(config) = store {
+        let asked = RedisStore::new((**config).clone())?;
+        let Some(warnings) = wait_for("the server of the store", || asked.check(), stop).await? else {
+            return Ok(None);
+        };
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        return Ok(Some(over_redis(asked)));
+    }
+    open_shared(store).map(Some)
+}
+
+/// Opens the source of packages.
+///
+/// # Errors
+/// When the registry's cache cannot be had, or its certificates cannot be used.
+pub async fn open_packages(packages: &Packages) -> Result<Arc<dyn PackageSource>> {
+    match packages {
+        Packages::Folder(folder) => Ok(Arc::new(LocalFolder::new(folder))),
+        Packages::Registry(config) => {
+            let config = config.as_ref().clone();
+            let opened = tokio::task::spawn_blocking(move || Registry::open(config)).await;
+            let registry =
+                opened.map_err(|error| Error::internal("the package cache was not opened").with_source(error))?;
+            Ok(Arc::new(registry?))
+        }
+    }
 }
 
 /// Opens a backend, again and again while it is away; `None` when the process is told to stop first.
@@ -171,11 +241,24 @@ pub async fn wait_for_backend<F>(open: impl Fn() -> F, stop: &CancellationToken)
 where
     F: Future<Output = Result<Backends, Error>>,
 {
+    wait_for("the backend", open, stop).await
+}
+
+async fn wait_for<T, F>(what: &str, open: impl Fn() -> F, stop: &CancellationToken) -> Result<Option<T>>
+where
+    F: Future<Output = Result<T, Error>>,
+{
     loop {
-        match open().await {
-            Ok(backends) => return Ok(Some(backends)),
+        let opened = tokio::select! {
+            () = stop.cancelled() => return Ok(None),
+            opened = open() => opened,
+        };
+        match opened {
+            Ok(opened) => return Ok(Some(opened)),
             Err(error) if error.retry() == Retry::Never => return Err(error),
-            Err(error) => tracing::warn!(%error, "the backend is away; trying again"),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "{what} is away; trying again");
+            }
         }
         tokio::select! {
             () = stop.cancelled() => return Ok(None),

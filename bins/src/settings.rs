@@ -16,11 +16,15 @@ use ocr_core::{
     Owner,
     exec::{self, SecretStorage},
     lifecycle::DeployConfig,
+    package::registry,
     queue::scheduler::SchedulerConfig,
     seal::{SealKey, Sealer},
+    state::redis::RedisConfig,
 };
 use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
+
+mod redis;
 
 /// One variable: what it is for and what is wanted of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,7 +116,7 @@ pub const VARIABLES: &[Variable] = &[
         "GLOBAL_INSECURE",
         BOTH,
         Wanted::Always,
-        "true: certificates of the servers that we call are not verified (OpenStack, libvirt over TLS); it never changes how we listen",
+        "true: certificates of the servers that we call are not verified (OpenStack, libvirt and Redis over TLS, the package registry); it never changes how we listen",
     ),
     Variable {
         alias: Some("Machiner_PORT"),
@@ -171,8 +175,8 @@ pub const VARIABLES: &[Variable] = &[
     optional(
         "STATE_STORE",
         BOTH,
-        Some("embedded"),
-        "where records are kept: embedded (one file) or memory (lost at the end)",
+        None,
+        "where records are kept: redis (a server that several executors share), embedded (one file) or memory (lost at the end); by default embedded, and for the executor redis when it is told where that is",
     ),
     optional("STATE_FILE", BOTH, Some("/var/lib/ocr/SERVER.redb"), "file of the embedded store; one server each"),
     Variable {
@@ -196,18 +200,81 @@ pub const VARIABLES: &[Variable] = &[
         Some("sealed"),
         "what becomes of conditions' environments: sealed (by the key; refused without one) or memory (lost at the server's end)",
     ),
-    optional("REDIS_HOST", BOTH, None, "Redis server (not used by this version)"),
-    optional("REDIS_PORT", BOTH, None, "port of the Redis server (not used by this version)"),
-    Variable {
-        secret: true,
-        ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis (not used by this version)")
-    },
+    optional("REDIS_HOST", BOTH, None, "Redis server that keeps the records"),
+    optional("REDIS_PORT", BOTH, Some("6379"), "its port"),
+    optional("REDIS_USER", BOTH, None, "ACL user of Redis"),
+    Variable { secret: true, ..optional("REDIS_PASSWORD", BOTH, None, "password for Redis") },
+    optional("REDIS_DB", BOTH, Some("0"), "number of the database in Redis"),
+    optional("REDIS_TLS", BOTH, Some("false"), "whether Redis and its Sentinels are spoken to by TLS"),
+    optional(
+        "REDIS_CA_FILE",
+        BOTH,
+        None,
+        "file with the certificates of the authorities that signed Redis', instead of the system's",
+    ),
+    optional(
+        "REDIS_SENTINELS",
+        BOTH,
+        None,
+        "instead of REDIS_HOST: Sentinels that know the master, as host:port with commas between",
+    ),
+    optional("REDIS_SENTINEL_MASTER", BOTH, None, "the name under which they know it"),
+    optional("REDIS_SENTINEL_USER", BOTH, None, "ACL user of the Sentinels"),
+    Variable { secret: true, ..optional("REDIS_SENTINEL_PASSWORD", BOTH, None, "password for the Sentinels") },
+    optional(
+        "REDIS_CLUSTER",
+        BOTH,
+        None,
+        "instead of REDIS_HOST: some nodes of a Redis cluster, as host:port with commas between",
+    ),
+    optional(
+        "REDIS_PREFIX",
+        BOTH,
+        Some("OWNER-SERVER"),
+        "in front of all keys in Redis; executors with the same one share their records",
+    ),
+    optional(
+        "REDIS_WAIT_REPLICAS",
+        BOTH,
+        Some("0"),
+        "replicas that must have a write before it counts as done; 1 or more makes failovers lose nothing",
+    ),
+    optional("REDIS_TIMEOUT", BOTH, Some("5"), "seconds that a call to Redis may take, reconnecting included"),
     optional(
         "PACKAGE_DIR",
         EXECUTOR,
         Some("/var/lib/ocr/packages"),
-        "folder with Deputy packages, unpacked or as archives",
+        "folder with Deputy packages, unpacked or as archives; where DEPUTY_REGISTRY is set, it must not be",
     ),
+    optional(
+        "DEPUTY_REGISTRY",
+        EXECUTOR,
+        None,
+        "address of a Deputy registry, such as https://registry.example/; packages come from there and not from a folder",
+    ),
+    optional(
+        "DEPUTY_CACHE_DIR",
+        EXECUTOR,
+        Some("/var/cache/ocr/packages"),
+        "folder for packages from the registry; one server each",
+    ),
+    optional(
+        "DEPUTY_CACHE_BYTES",
+        EXECUTOR,
+        Some("10737418240"),
+        "what that folder may take, in bytes, beside packages in use",
+    ),
+    optional(
+        "DEPUTY_CA_FILE",
+        EXECUTOR,
+        None,
+        "file with the certificates of the authorities that signed the registry's",
+    ),
+    Variable {
+        secret: true,
+        ..optional("DEPUTY_TOKEN", EXECUTOR, None, "token for a registry that wants one for reading")
+    },
+    optional("DEPUTY_TOKEN_FILE", EXECUTOR, None, "file with that token, instead of DEPUTY_TOKEN"),
     optional("MAX_CONNECTIONS", EXECUTOR, Some("50"), "operations in guests at once, over all machines"),
     optional("ACTION_TIMEOUT", EXECUTOR, Some("300"), "seconds that one action in a guest may run"),
     optional(
@@ -344,7 +411,7 @@ pub struct Settings {
     /// The queue's.
     pub queue: SchedulerConfig,
     /// Where packages are.
-    pub package_dir: PathBuf,
+    pub packages: Packages,
     /// What becomes of secrets that are needed again later.
     pub secrets: SecretStorage,
     /// Whether ConditionService.create answers in the older form.
@@ -400,9 +467,20 @@ impl LibvirtSettings {
     }
 }
 
+/// Where packages are.
+#[derive(Clone, Debug)]
+pub enum Packages {
+    /// In a folder of this machine.
+    Folder(PathBuf),
+    /// In a registry.
+    Registry(Box<registry::Config>),
+}
+
 /// Where records are kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Store {
+    /// On a server that several processes share.
+    Redis(Box<RedisConfig>),
     /// In one file.
     Embedded(PathBuf),
     /// Nowhere: they are lost at the end.
@@ -465,8 +543,8 @@ impl<'a> Reader<'a> {
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
-        let store = self.store();
         let owner = self.parsed::<Owner>("OWNER");
+        let store = self.store(owner.as_ref(), insecure);
         let timeout = self.seconds("HYPERVISOR_WAIT_TIMEOUT", 1, 86_400);
         let interval = self.seconds("HYPERVISOR_WAIT_INTERVAL", 1, 3_600);
         let (action, connections) = match self.server {
@@ -475,18 +553,16 @@ impl<'a> Reader<'a> {
             }
             Server::Machiner => Default::default(),
         };
-        let package_dir = self.only(Server::Executor, |r| PathBuf::from(r.text("PACKAGE_DIR")));
+        let packages = match self.server {
+            Server::Executor => self.packages(insecure),
+            Server::Machiner => Packages::Folder(PathBuf::new()),
+        };
         let secrets = self.only(Server::Executor, |r| r.secrets(&store));
         let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
         let reflection = self.boolean("REFLECTION");
         let log = self.log();
-        for name in ["REDIS_HOST", "REDIS_PORT", "REDIS_PASSWORD"] {
-            if self.source.get(name).is_some() {
-                self.warnings.push(format!("{name} is set, but this version keeps its records in the embedded store"));
-            }
-        }
         let (Some(listen), Some(owner), true) = (listen, owner, self.faults.is_empty()) else {
             return Err(Faults(self.faults));
         };
@@ -509,7 +585,7 @@ impl<'a> Reader<'a> {
             deploy,
             exec,
             queue,
-            package_dir,
+            packages,
             secrets,
             identifier_reply: reply == "identifier",
             reconcile_interval,
@@ -552,11 +628,79 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn store(&mut self) -> Store {
-        if self.choice("STATE_STORE", &["embedded", "memory"]) == "memory" {
-            return Store::Memory;
+    /// From one place, never from two: nobody could tell which package was installed.
+    fn packages(&mut self, insecure: bool) -> Packages {
+        let Some(url) = self.maybe("DEPUTY_REGISTRY") else {
+            for name in
+                ["DEPUTY_CACHE_DIR", "DEPUTY_CACHE_BYTES", "DEPUTY_CA_FILE", "DEPUTY_TOKEN", "DEPUTY_TOKEN_FILE"]
+            {
+                if self.is_given(name) {
+                    self.warnings
+                        .push(format!("{name} is set, but DEPUTY_REGISTRY is not: packages come from a folder"));
+                }
+            }
+            return Packages::Folder(PathBuf::from(self.text("PACKAGE_DIR")));
+        };
+        if self.is_given("PACKAGE_DIR") {
+            self.faults.push("PACKAGE_DIR: is set beside DEPUTY_REGISTRY; packages come from one of them".to_owned());
         }
-        Store::Embedded(PathBuf::from(self.text("STATE_FILE")))
+        let mut config = registry::Config::new(url, self.text("DEPUTY_CACHE_DIR"));
+        config.cache_bytes = self.number("DEPUTY_CACHE_BYTES", 1 << 20, 1 << 60);
+        config.certificates = match (insecure, self.maybe("DEPUTY_CA_FILE")) {
+            (true, _) => registry::Certificates::Unchecked,
+            (false, Some(file)) => registry::Certificates::SystemAnd(file.into()),
+            (false, None) => registry::Certificates::System,
+        };
+        config.token = self.secret("DEPUTY_TOKEN", "DEPUTY_TOKEN_FILE");
+        if config.token.is_some() && config.url.trim_start().to_ascii_lowercase().starts_with("http:") {
+            self.warnings.push("DEPUTY_TOKEN is sent unencrypted: DEPUTY_REGISTRY is an http address".to_owned());
+        }
+        if let Err(error) = config.check() {
+            self.faults.push(error.message().to_owned());
+        }
+        Packages::Registry(Box::new(config))
+    }
+
+    /// A secret, or the first line of the file that has it.
+    fn secret(&mut self, name: &'static str, file: &'static str) -> Option<SecretString> {
+        let given = self.maybe(name);
+        let Some(path) = self.maybe(file) else { return given.map(SecretString::from) };
+        if given.is_some() {
+            self.faults.push(format!("{file}: is set beside {name}; set one of them"));
+            return None;
+        }
+        match std::fs::read_to_string(&path) {
+            Ok(text) if !text.trim().is_empty() && text.trim().lines().count() == 1 => {
+                Some(SecretString::from(text.trim()))
+            }
+            Ok(_) => {
+                self.faults.push(format!("{file}: wants one line in {path}"));
+                None
+            }
+            Err(error) => {
+                self.faults.push(format!("{file}: {path}: {error}"));
+                None
+            }
+        }
+    }
+
+    fn store(&mut self, owner: Option<&Owner>, insecure: bool) -> Store {
+        let chosen = match self.is_given("STATE_STORE") {
+            true => self.choice("STATE_STORE", &["redis", "embedded", "memory"]),
+            false => {
+                let chosen = if self.redis_by_default() { "redis" } else { "embedded" };
+                self.effective.push(("STATE_STORE", chosen.to_owned()));
+                chosen.to_owned()
+            }
+        };
+        if chosen == "redis" {
+            return self.redis(owner, insecure);
+        }
+        self.warn_of_unused_redis();
+        match chosen.as_str() {
+            "memory" => Store::Memory,
+            _ => Store::Embedded(PathBuf::from(self.text("STATE_FILE"))),
+        }
     }
 
     fn secrets(&mut self, store: &Store) -> SecretStorage {
@@ -581,7 +725,7 @@ impl<'a> Reader<'a> {
         };
         match sealer {
             // Records in memory are no safer when they are sealed with a key beside them.
-            _ if in_memory || (sealer.is_none() && *store == Store::Memory) => SecretStorage::Memory,
+            _ if in_memory || (sealer.is_none() && matches!(store, Store::Memory)) => SecretStorage::Memory,
             Some(sealer) => SecretStorage::Sealed(Arc::new(sealer)),
             None => {
                 self.warnings.push(
@@ -600,6 +744,11 @@ impl<'a> Reader<'a> {
             tracing::Level::INFO
         });
         LogSettings { level, dir: self.maybe("LOG_DIR").map(PathBuf::from), file_name: self.text("LOG_FILE_NAME") }
+    }
+
+    /// Whether the variable has a value that is not its default.
+    fn is_given(&self, name: &str) -> bool {
+        self.source.get(name).is_some_and(|value| !value.trim().is_empty())
     }
 
     /// The variable's value or default; an empty value counts as not given.
@@ -756,7 +905,7 @@ mod tests {
         let settings = Settings::read(Server::Machiner, &good()).unwrap();
         assert_eq!(settings.deploy.ready_deadline, Duration::from_secs(300));
         assert_eq!(settings.deploy.ready_interval, Duration::from_secs(5));
-        assert_eq!(settings.store, Store::Embedded("/var/lib/ocr/machiner.redb".into()));
+        assert!(matches!(settings.store, Store::Embedded(path) if path == Path::new("/var/lib/ocr/machiner.redb")));
         assert_eq!(settings.listen.to_string(), "127.0.0.1:9000");
     }
 
@@ -823,19 +972,69 @@ mod tests {
         }
     }
 
+    fn executor(more: &[(&str, &str)]) -> Result<Settings, Faults> {
+        let mut values = good();
+        values.insert("EXECUTOR_PORT".to_owned(), "7000".to_owned());
+        values.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Settings::read(Server::Executor, &values)
+    }
+
+    #[test]
+    fn packages_come_from_a_folder_or_a_registry_and_never_from_both() {
+        let settings = executor(&[]).unwrap();
+        assert!(matches!(settings.packages, Packages::Folder(folder) if folder == Path::new("/var/lib/ocr/packages")));
+        let settings = executor(&[("DEPUTY_TOKEN", "canary-7f3a")]).unwrap();
+        assert!(settings.warnings.iter().any(|warning| warning.starts_with("DEPUTY_TOKEN is set, but")));
+
+        let url = ("DEPUTY_REGISTRY", "https://registry.example/");
+        let settings = executor(&[url, ("DEPUTY_CACHE_BYTES", "5000000"), ("DEPUTY_TOKEN", "canary-7f3a")]).unwrap();
+        assert!(!format!("{settings:?}").contains("canary-7f3a"));
+        let Packages::Registry(config) = settings.packages else { panic!("another source") };
+        assert_eq!((config.url.as_str(), config.cache_bytes), (url.1, 5_000_000));
+        assert_eq!(config.cache_folder, Path::new("/var/cache/ocr/packages"));
+        assert_eq!(config.certificates, registry::Certificates::System);
+        assert!(config.token.is_some());
+
+        for (more, certificates) in [
+            (("DEPUTY_CA_FILE", "/x.pem"), registry::Certificates::SystemAnd("/x.pem".into())),
+            (("GLOBAL_INSECURE", "true"), registry::Certificates::Unchecked),
+        ] {
+            let Packages::Registry(config) = executor(&[url, more]).unwrap().packages else { panic!("another source") };
+            assert_eq!(config.certificates, certificates);
+        }
+        for (more, fault) in [
+            ([url, ("PACKAGE_DIR", "/srv")], "PACKAGE_DIR: is set beside DEPUTY_REGISTRY"),
+            ([url, ("DEPUTY_REGISTRY", "registry")], "DEPUTY_REGISTRY: wants an address"),
+            ([url, ("DEPUTY_CACHE_BYTES", "1")], "DEPUTY_CACHE_BYTES: wants 1048576 to"),
+            ([url, ("DEPUTY_TOKEN_FILE", "/no/such/file")], "DEPUTY_TOKEN_FILE: /no/such/file: "),
+        ] {
+            let faults = executor(&more).unwrap_err();
+            assert!(faults.0.iter().any(|one| one.starts_with(fault)), "{faults}");
+        }
+    }
+
+    #[test]
+    fn a_token_may_be_in_a_file() {
+        use secrecy::ExposeSecret;
+
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "canary-7f3a\n").unwrap();
+        let path = ("DEPUTY_TOKEN_FILE", file.path().to_str().unwrap());
+        let url = ("DEPUTY_REGISTRY", "https://registry.example/");
+        let Packages::Registry(config) = executor(&[url, path]).unwrap().packages else { panic!("another source") };
+        assert_eq!(config.token.as_ref().unwrap().expose_secret(), "canary-7f3a");
+        assert!(executor(&[url, path, ("DEPUTY_TOKEN", "other")]).is_err());
+        std::fs::write(file.path(), "one canary-7f3a\ntwo").unwrap();
+        let faults = executor(&[url, path]).unwrap_err();
+        assert!(!faults.to_string().contains("canary-7f3a"), "{faults}");
+    }
+
     #[test]
     fn secrets_are_in_no_output() {
         let settings = with("HYPERVISOR_PASSWORD", "canary-7f3a").unwrap();
         let shown: Vec<_> = settings.effective().collect();
         assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
         assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
-    }
-
-    fn executor(more: &[(&str, &str)]) -> Result<Settings, Faults> {
-        let mut values = good();
-        values.insert("EXECUTOR_PORT".to_owned(), "7000".to_owned());
-        values.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
-        Settings::read(Server::Executor, &values)
     }
 
     #[test]

@@ -10,7 +10,7 @@ use ocr_grpc::Generation;
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_store, stop_on_signals, wait_for_backend},
+    service::{Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
     settings::{Backend, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
@@ -80,7 +80,8 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let stop =
         stop_on_signals().map_err(|error| ocr_core::Error::internal("signals cannot be watched").with_source(error))?;
     // The store first: it tells another process with the same file before anything is touched.
-    let store = open_store(&settings.store)?;
+    let Some(shared) = wait_for_store(&settings.store, &stop).await? else { return Ok(()) };
+    let store = shared.store;
     let open = || async {
         match &settings.backend {
             Backend::Libvirt(libvirt) => Backends::libvirt(libvirt).await,
@@ -90,14 +91,17 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let Some(backends) = wait_for_backend(open, &stop).await? else { return Ok(()) };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
-        Server::Executor => Service::default().with_executor(
-            &backends,
-            store,
-            &settings.package_dir,
-            settings.exec,
-            settings.secrets,
-            settings.queue,
-        ),
+        Server::Executor => {
+            let packages = open_packages(&settings.packages).await?;
+            Service::default().with_executor(
+                &backends,
+                store,
+                packages,
+                settings.exec,
+                settings.secrets,
+                settings.queue,
+            )
+        }
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };
     let bound = service.bind(settings.listen, generation, settings.reflection).await?;

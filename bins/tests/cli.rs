@@ -1,6 +1,8 @@
 //! The command line, and the servers' own: no hypervisor is needed for any of it.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "../../ocr-core/tests/support/redis.rs"]
+mod redis;
 mod support;
 
 use std::{
@@ -9,8 +11,9 @@ use std::{
     time::Duration,
 };
 
+use redis::need_redis;
 use serde_json::{Value, json};
-use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, write_package};
+use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, until, write_package};
 
 /// `ocr serve --backend memory` on a free port, with three packages.
 struct Serve {
@@ -230,6 +233,59 @@ async fn a_state_file_belongs_to_one_process() {
     assert_eq!(serve.ocr(&["vm", "list"]).await.fine(), "no machines\n");
 }
 
+/// An executor whose records are in that Redis.
+fn executor_on(redis: &redis::Server, password: &str) -> Command {
+    let mut executor = command(EXECUTOR);
+    executor.envs([
+        ("GLOBAL_HOST", "127.0.0.1"),
+        ("GLOBAL_INSECURE", "false"),
+        ("EXECUTOR_PORT", "0"),
+        ("BACKEND", "libvirt"),
+        ("HYPERVISOR", "test:///default"),
+        ("REDIS_HOST", "127.0.0.1"),
+        ("REDIS_PORT", &redis.port.to_string()),
+        ("REDIS_PASSWORD", password),
+        ("REDIS_TIMEOUT", "1"),
+    ]);
+    executor
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_executor_waits_for_its_redis() {
+    need_redis!();
+    let password = "canary-1b7e";
+    let options = redis::Options { password: Some(password.to_owned()), ..redis::Options::default() };
+    let mut redis = redis::Server::start(options);
+    redis.kill();
+    let log = keeper().new_folder("redis").join("log");
+    let mut executor = executor_on(&redis, password);
+    executor.stderr(std::fs::File::create(&log).unwrap()).stdout(std::process::Stdio::null());
+    let mut executor = executor.spawn().unwrap();
+    keeper().tell("own", executor.id());
+    let says = async |text: &str| {
+        until(SOON, text, async || std::fs::read_to_string(&log).unwrap().contains(text).then_some(())).await;
+    };
+    says("the server of the store is away; trying again").await;
+    assert!(executor.try_wait().unwrap().is_none(), "it goes on");
+    redis.restart();
+    // What it has to say of a server that it has reached.
+    says("Redis keeps no append-only file").await;
+    let _ = executor.kill();
+    executor.wait().unwrap();
+    let said = std::fs::read_to_string(&log).unwrap();
+    assert!(said.contains("REDIS_HOST") && !said.contains("canary"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_password_for_redis_ends_the_executor_with_its_setting() {
+    need_redis!();
+    let options = redis::Options { password: Some("right-2c".to_owned()), ..redis::Options::default() };
+    let redis = redis::Server::start(options);
+    let said = run(SOON, executor_on(&redis, "canary-1b7e")).await;
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stderr.contains("REDIS_PASSWORD") && !said.stderr.contains("canary"), "{said:?}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_demo_runs_in_memory() {
     let said = ocr(&["demo", "--backend", "memory", "--json"]).await.json();
@@ -300,7 +356,9 @@ async fn good_settings_are_shown_without_secrets() {
         for line in ["GLOBAL_HOST=127.0.0.1", "BACKEND=libvirt", "HYPERVISOR_PASSWORD=(hidden)", "OWNER=ocr"] {
             assert!(said.lines().any(|shown| shown == line), "{line} in {said}");
         }
-        assert!(said.lines().any(|line| line.starts_with("# REDIS_HOST is set, but ")), "{said}");
+        // Only one of them keeps its records there without being told to.
+        let line = if server == EXECUTOR { "REDIS_PASSWORD=(hidden)" } else { "# REDIS_HOST is set, but " };
+        assert!(said.lines().any(|shown| shown.starts_with(line)), "{line} in {said}");
     }
 }
 

@@ -116,6 +116,22 @@ pub mod reason {
     pub const VERSION_MISMATCH: &str = "VERSION_MISMATCH";
     /// The package named is not in the registry, or no version matches.
     pub const PACKAGE_NOT_FOUND: &str = "PACKAGE_NOT_FOUND";
+    /// Every version that would do was taken back by its publisher.
+    pub const PACKAGE_YANKED: &str = "PACKAGE_YANKED";
+    /// What came is not what the registry's checksum says.
+    pub const PACKAGE_CHECKSUM: &str = "PACKAGE_CHECKSUM";
+    /// The package is no archive, or one that must not be unpacked.
+    pub const PACKAGE_ARCHIVE: &str = "PACKAGE_ARCHIVE";
+    /// The package's manifest is missing or broken, or names files that are not there.
+    pub const PACKAGE_MANIFEST: &str = "PACKAGE_MANIFEST";
+    /// The package is of another type than the call is for.
+    pub const PACKAGE_TYPE: &str = "PACKAGE_TYPE";
+    /// The package is larger than it may be.
+    pub const PACKAGE_TOO_LARGE: &str = "PACKAGE_TOO_LARGE";
+    /// No room for the package among those that are in use.
+    pub const PACKAGE_CACHE_FULL: &str = "PACKAGE_CACHE_FULL";
+    /// The package registry does not answer, or makes no sense.
+    pub const REGISTRY_UNAVAILABLE: &str = "REGISTRY_UNAVAILABLE";
     /// A secret was sealed with a key that is not at hand, or there is no key to seal one with.
     pub const SEALED: &str = "SEALED";
     /// The queue is full; come back later.

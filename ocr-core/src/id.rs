@@ -86,6 +86,10 @@ uuid_id!(
     /// back is another member.
     MemberId, "member id"
 );
+uuid_id!(
+    /// A page of HTML that was made of a package.
+    DocumentId, "page id"
+);
 
 /// The longest text of a user's that an error repeats, in characters.
 const SHOWN_CHARS: usize = 64;

@@ -14,6 +14,8 @@
 //! | copy files and run commands in them | [`GuestExec`] | [`exec::Executor`]: features, injects, conditions |
 //! | keep records | [`StateStore`] | leases with fencing tokens, in [`StateStoreExt`] |
 //!
+//! What is installed comes from [`package`]s: from a folder, or from a registry with the feature `deputy`.
+//!
 //! Around any of them go [`layer`]s: retry, timeout, trace, fault. In front of guests stands the [`queue`]: one operation
 //! at a time on one machine, so many over all. Who writes a backend proves it with the `conformance` suite.
 //!
@@ -84,7 +86,9 @@ pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
     PutFiles, RemoveFiles,
 };
-pub use id::{ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
+pub use id::{
+    DocumentId, ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId,
+};
 pub use image::{
     DiskFormat, Image, ImageBackend, ImageBackendExt, ImageCapabilities, ImageFilter, ImageSource, ImageSpec,
     ImageState, OsFamily,

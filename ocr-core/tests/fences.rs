@@ -37,7 +37,7 @@ const OWNED: [(&str, &[&str]); 9] = [
     ("indicatif", &["ocr-bins"]),
     ("reqwest", &["ocr-openstack"]),
     ("lapin", &[]),
-    ("deadpool-redis", &[]),
+    ("deadpool-redis", &["ocr-benches"]),
 ];
 
 /// Owned crates that a library may use beside their owners behind a feature that is off by default.

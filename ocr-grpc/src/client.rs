@@ -11,8 +11,8 @@ use tonic_types::StatusExt as _;
 
 pub use crate::proto::{
     capability_client::CapabilityClient, condition_service_client::ConditionServiceClient,
-    feature_service_client::FeatureServiceClient, inject_service_client::InjectServiceClient, older,
-    virtual_machine_service_client::VirtualMachineServiceClient,
+    deputy_query_service_client::DeputyQueryServiceClient, feature_service_client::FeatureServiceClient,
+    inject_service_client::InjectServiceClient, older, virtual_machine_service_client::VirtualMachineServiceClient,
 };
 pub use crate::v1::{installs_client::InstallsClient, machines_client::MachinesClient};
 
@@ -60,7 +60,7 @@ pub fn error(status: &Status) -> Error {
     error
 }
 
-const REASONS: [&str; 11] = [
+const REASONS: [&str; 20] = [
     reason::AGENT_ABSENT,
     reason::AGENT_NOT_READY,
     reason::AGENT_COMMAND_DISABLED,
@@ -71,6 +71,14 @@ const REASONS: [&str; 11] = [
     reason::FENCED,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
+    reason::PACKAGE_YANKED,
+    reason::PACKAGE_CHECKSUM,
+    reason::PACKAGE_ARCHIVE,
+    reason::PACKAGE_MANIFEST,
+    reason::PACKAGE_TYPE,
+    reason::PACKAGE_TOO_LARGE,
+    reason::PACKAGE_CACHE_FULL,
+    reason::REGISTRY_UNAVAILABLE,
     reason::SEALED,
     reason::QUEUE_FULL,
 ];

@@ -7,11 +7,13 @@
 //! |---|---|
 //! | serve a [`Deployer`](ocr_core::lifecycle::Deployer) or an [`Executor`](ocr_core::exec::Executor) | [`Server`] |
 //! | call such a server | [`client`] |
+//! | answer about packages too, over [`Queries`](ocr_core::package::query::Queries) | [`Server::queries`] |
 //! | put a service into a tonic server of your own | [`machiner::Machiner`], [`executor::Features`] and its neighbours |
 //! | read the messages | [`proto`] and [`v1`], and `proto/*.proto` for what they mean |
 
 pub mod capability;
 pub mod client;
+pub mod deputy;
 pub mod executor;
 pub mod machiner;
 pub mod parse;

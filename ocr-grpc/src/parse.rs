@@ -6,12 +6,13 @@
 use std::{collections::BTreeMap, fmt, net::IpAddr, time::Duration};
 
 use ocr_core::{
-    Error, InstallId, Name, Result, Scope, VmId,
+    DocumentId, Error, InstallId, Name, Result, Scope, VmId,
     compute::VmSpec,
     exec::{Account, ConditionRequest, InstallKind, InstallRequest, PackageRef, Probe},
     guest::{check_user_name, check_variable_name},
     id::shown,
     lifecycle::CreateRequest,
+    package::PackageKind,
 };
 use secrecy::SecretString;
 
@@ -188,6 +189,33 @@ fn interval(seconds: i32) -> Result<Duration> {
         return Err(Error::invalid("interval", format_args!("wants 1 to {max} seconds with a command, got {seconds}")));
     }
     Ok(interval)
+}
+
+/// Parses the package that `DeputyQueryService` is asked about.
+///
+/// # Errors
+/// `Invalid` naming the field at fault.
+pub fn source(source: proto::Source) -> Result<PackageRef> {
+    package(source)
+}
+
+/// Parses the type of `DeputyQueryService.GetPackagesByType`; empty is all of them.
+///
+/// # Errors
+/// `Invalid` when there is no such type.
+pub fn package_kind(request: &proto::GetPackagesQuery) -> Result<Option<PackageKind>> {
+    match request.package_type.as_str() {
+        "" => Ok(None),
+        text => at("package_type", text.parse()).map(Some),
+    }
+}
+
+/// Parses the id of a page of `DeputyQueryService`.
+///
+/// # Errors
+/// `Invalid` when it is no UUID.
+pub fn document_id(request: &proto::Identifier) -> Result<DocumentId> {
+    at("value", request.value.parse())
 }
 
 fn package(source: proto::Source) -> Result<PackageRef> {

@@ -18,7 +18,7 @@ use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use hyper::server::conn::http2;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use ocr_core::{Error, ErrorKind, Result, exec::Executor, lifecycle::Deployer};
+use ocr_core::{Error, ErrorKind, Result, exec::Executor, lifecycle::Deployer, package::query::Queries};
 use tokio::{
     net::{TcpListener, TcpStream, ToSocketAddrs},
     task::JoinSet,
@@ -35,12 +35,14 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 
 use crate::{
     capability::Announcement,
+    deputy::DeputyQueries,
     executor::{Conditions, Features, Injects},
     machiner::Machiner,
     proto::{
         Generation, capabilities::DeployerType, capability_server::CapabilityServer,
-        condition_service_server::ConditionServiceServer, feature_service_server::FeatureServiceServer,
-        inject_service_server::InjectServiceServer, older, virtual_machine_service_server::VirtualMachineServiceServer,
+        condition_service_server::ConditionServiceServer, deputy_query_service_server::DeputyQueryServiceServer,
+        feature_service_server::FeatureServiceServer, inject_service_server::InjectServiceServer, older,
+        virtual_machine_service_server::VirtualMachineServiceServer,
     },
     v1::{self, installs_server::InstallsServer, machines_server::MachinesServer},
 };
@@ -118,6 +120,7 @@ pub struct Server {
     reflection: bool,
     deployer: Option<Deployer>,
     executor: Option<Executor>,
+    queries: Option<Queries>,
     announced: Vec<DeployerType>,
     others: Vec<(&'static str, AddService)>,
 }
@@ -151,6 +154,7 @@ impl Server {
             reflection: true,
             deployer: None,
             executor: None,
+            queries: None,
             announced: Vec::new(),
             others: Vec::new(),
         }
@@ -186,6 +190,12 @@ impl Server {
         self
     }
 
+    /// Serves `DeputyQueryService` over these answers.
+    pub fn queries(mut self, queries: Queries) -> Self {
+        self.queries = Some(queries);
+        self
+    }
+
     /// Serves a further service. Its own limits are its own concern.
     pub fn service<S>(mut self, service: S) -> Self
     where
@@ -204,7 +214,7 @@ impl Server {
         self
     }
 
-    /// Announces what a [`Server::service`] does. The deployer's and the executor's services announce themselves.
+    /// Announces what a [`Server::service`] does. All others announce themselves.
     pub fn announce(mut self, served: DeployerType) -> Self {
         self.announced.push(served);
         self
@@ -218,6 +228,9 @@ impl Server {
         }
         if self.executor.is_some() {
             names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs"]);
+        }
+        if self.queries.is_some() {
+            names.push("DeputyQueryService");
         }
         names.extend(self.others.iter().map(|(name, _)| *name));
         names
@@ -269,6 +282,11 @@ impl Server {
                     routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
                 }
             }
+        }
+        if let Some(queries) = self.queries {
+            announced.extend([DeployerType::EventInfo, DeployerType::DeputyQuery]);
+            let service = DeputyQueryServiceServer::new(DeputyQueries::new(queries));
+            routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
         }
         let service = CapabilityServer::new(Announcement::new(announced));
         routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));

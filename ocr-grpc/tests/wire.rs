@@ -9,8 +9,8 @@ use ocr_grpc::{
     proto::{
         Account, Capabilities, Condition, ConditionStreamResponse, Configuration, DeployVirtualMachine,
         ExecutorResponse, Feature, FeatureType, Identifier, Inject, MetaInfo, Properties, Source, VirtualMachine,
-        capabilities::DeployerType, capability_server, condition_service_server, feature_service_server,
-        inject_service_server, older, virtual_machine_service_server,
+        capabilities::DeployerType, capability_server, condition_service_server, deputy_query_service_server,
+        feature_service_server, inject_service_server, older, virtual_machine_service_server,
     },
 };
 use prost::Message;
@@ -34,11 +34,17 @@ fn methods(generation: Generation) -> BTreeMap<String, (String, String, bool)> {
     methods
 }
 
-const METHODS: [(&str, &str, &str, bool); 14] = [
+const METHODS: [(&str, &str, &str, bool); 20] = [
     ("/Capability/GetCapabilities", ".google.protobuf.Empty", ".Capabilities", false),
     ("/ConditionService/create", ".Condition", ".ExecutorResponse", false),
     ("/ConditionService/delete", ".Identifier", ".google.protobuf.Empty", false),
     ("/ConditionService/stream", ".Identifier", ".ConditionStreamResponse", true),
+    ("/DeputyQueryService/CheckPackageExists", ".Source", ".google.protobuf.Empty", false),
+    ("/DeputyQueryService/GetPackagesByType", ".GetPackagesQuery", ".GetPackagesResponse", false),
+    ("/DeputyQueryService/GetScenario", ".Source", ".GetScenarioResponse", false),
+    ("/DeputyQueryService/create", ".Source", ".DeputyCreateResponse", false),
+    ("/DeputyQueryService/delete", ".Identifier", ".google.protobuf.Empty", false),
+    ("/DeputyQueryService/stream", ".Identifier", ".DeputyStreamResponse", true),
     ("/FeatureService/create", ".Feature", ".ExecutorResponse", false),
     ("/FeatureService/delete", ".Identifier", ".google.protobuf.Empty", false),
     ("/InjectService/create", ".Inject", ".ExecutorResponse", false),
@@ -74,6 +80,7 @@ fn the_generated_services_have_the_contracts_names() {
             inject_service_server::SERVICE_NAME,
             condition_service_server::SERVICE_NAME,
             older::condition_service_server::SERVICE_NAME,
+            deputy_query_service_server::SERVICE_NAME,
         ],
         [
             "Capability",
@@ -81,7 +88,8 @@ fn the_generated_services_have_the_contracts_names() {
             "FeatureService",
             "InjectService",
             "ConditionService",
-            "ConditionService"
+            "ConditionService",
+            "DeputyQueryService",
         ]
     );
 }
@@ -104,12 +112,18 @@ fn fields_have_the_contracts_names_and_numbers() {
         "Condition: name=1 virtual_machine_id=2 account=3 source=4 command=5 interval=6 environment=7",
         "ConditionStreamResponse: response=1 command_return_value=2",
         "Configuration: cpu=1 ram=2",
+        "DeputyCreateResponse: id=1 checksum=2 filename=3 size=4",
+        "DeputyStreamResponse: chunk=1",
         "DeployVirtualMachine: virtualMachine=1 metaInfo=2",
         "ExecutorResponse: identifier=1 stdout=2 stderr=3",
         "Feature: name=1 virtual_machine_id=2 featureType=3 source=4 account=5 environment=7",
+        "GetPackagesQuery: package_type=1",
+        "GetPackagesResponse: packages=1",
+        "GetScenarioResponse: sdl=1",
         "Identifier: value=1",
         "Inject: name=1 virtual_machine_id=2 source=3 account=4 to_entities=5 environment=7",
         "MetaInfo: exerciseName=1 deploymentName=2 properties=3",
+        "Package: name=1 version=2 type=3",
         "Properties: cidr=1 gateway=2",
         "Source: name=1 version=2",
         "VirtualMachine: name=1 configuration=2 templateId=3 links=4",

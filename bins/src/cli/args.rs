@@ -41,6 +41,9 @@ pub enum Command {
     /// Install, watch and delete conditions
     #[command(subcommand)]
     Condition(ConditionCommand),
+    /// List packages, check that one exists, and show the text in one
+    #[command(subcommand)]
+    Package(PackagesCommand),
     /// End unfinished work, delete what no record owns, forget what is gone
     Reconcile,
     /// Run the conformance suite against a backend; it touches only what it makes and leaves nothing
@@ -172,6 +175,27 @@ pub struct AccountArgs {
     pub user: String,
 }
 
+/// `ocr package ...`
+#[derive(Debug, Subcommand)]
+pub enum PackagesCommand {
+    /// List packages, each version of them
+    List {
+        /// Only of this type: vm, feature, condition, inject, event, malware, exercise, banner or other
+        #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+        kind: String,
+    },
+    /// Say whether there is a package that would be taken
+    Check {
+        /// The package, as name or name@requirement, such as web@^1.2
+        package: String,
+    },
+    /// Print the scenario of an exercise, or an event or banner as HTML
+    Show {
+        /// The package, as name or name@requirement, such as web@^1.2
+        package: String,
+    },
+}
+
 /// `ocr condition ...`
 #[derive(Debug, Subcommand)]
 pub enum ConditionCommand {
@@ -260,8 +284,14 @@ pub struct ServeArgs {
     #[arg(long, default_value = "127.0.0.1:9000")]
     pub listen: std::net::SocketAddr,
     /// Folder with Deputy packages
-    #[arg(long, value_name = "FOLDER")]
-    pub packages: PathBuf,
+    #[arg(long, value_name = "FOLDER", required_unless_present = "registry", conflicts_with = "registry")]
+    pub packages: Option<PathBuf>,
+    /// Address of a Deputy registry, instead of a folder
+    #[arg(long, value_name = "URL", requires = "registry_cache")]
+    pub registry: Option<String>,
+    /// Folder that keeps what came from the registry
+    #[arg(long, value_name = "FOLDER", requires = "registry")]
+    pub registry_cache: Option<PathBuf>,
     /// File of the embedded store; without it records are lost at the end
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,

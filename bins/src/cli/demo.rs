@@ -34,7 +34,7 @@ use super::{
     output::{Failure, Output},
     serve,
 };
-use crate::backends::Backends;
+use crate::{backends::Backends, settings::Packages};
 
 /// The packages of the demo, file by file.
 const PACKAGES: &[(&str, &str)] = &[
@@ -122,8 +122,9 @@ impl Stage {
         let (servers, machiner, executor) = match backend.backend {
             BackendKind::Memory => {
                 let listen = ([127, 0, 0, 1], 0).into();
+                let packages = Packages::Folder(packages.to_owned());
                 let serving =
-                    serve::start(backends.clone(), &backend, listen, packages, None, SecretStorage::Memory).await?;
+                    serve::start(backends.clone(), &backend, listen, &packages, None, SecretStorage::Memory).await?;
                 let address = serving.address().to_string();
                 (Servers::InProcess(serving), address.clone(), address)
             }

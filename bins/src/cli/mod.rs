@@ -7,6 +7,7 @@ mod conform;
 mod demo;
 mod install;
 mod output;
+mod package;
 mod serve;
 mod vm;
 
@@ -44,6 +45,7 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
         Command::Feature(command) => install::run(&cli, install::Kind::Feature, command, output).await?,
         Command::Inject(command) => install::run(&cli, install::Kind::Inject, command, output).await?,
         Command::Condition(command) => condition::run(&cli, command, output).await?,
+        Command::Package(command) => package::run(&cli, command, output).await?,
         Command::Reconcile => vm::reconcile(&cli, output).await?,
         Command::Conform(args) => return conform::run(args, output).await,
         Command::Demo(args) => return demo::run(args, output).await,

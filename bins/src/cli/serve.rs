@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 use ocr_core::{
     exec::{self, SecretStorage},
     lifecycle::DeployConfig,
+    package::registry,
     queue::scheduler::SchedulerConfig,
 };
 use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
@@ -17,8 +18,8 @@ use super::{
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_store, stop_on_signals, wait_for_backend},
-    settings::{LogSettings, Store, read_key_file},
+    service::{Service, open_packages, open_store, stop_on_signals, wait_for_backend},
+    settings::{LogSettings, Packages, Store, read_key_file},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
@@ -30,12 +31,16 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let _log = logging::start(&log).map_err(Failure::new)?;
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
+    let packages = match (&args.packages, &args.registry, &args.registry_cache) {
+        (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
+        (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
+    };
     let secrets = match (&args.state_key_file, &args.state) {
         (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
         (None, None) => SecretStorage::Memory,
         (None, Some(_)) => SecretStorage::Refuse,
     };
-    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref(), secrets).await?;
+    let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref(), secrets).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -76,7 +81,7 @@ pub(crate) async fn start(
     backends: Backends,
     args: &BackendArgs,
     listen: SocketAddr,
-    packages: &Path,
+    packages: &Packages,
     state: Option<&Path>,
     secrets: SecretStorage,
 ) -> Result<Serving, Failure> {
@@ -88,6 +93,7 @@ pub(crate) async fn start(
         ready_interval: deploy.ready_interval,
         reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
     };
+    let packages = open_packages(packages).await?;
     let service = Service::default().with_deployer(&backends, store.clone(), deploy).with_executor(
         &backends,
         store,

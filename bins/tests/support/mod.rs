@@ -111,7 +111,7 @@ impl Keeper {
         tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(&self.folder).unwrap().keep()
     }
 
-    fn tell(&self, verb: &str, pid: u32) {
+    pub(crate) fn tell(&self, verb: &str, pid: u32) {
         // Without a helper the tests go on; they clear up themselves as long as they can.
         let _ = writeln!(self.told.lock().unwrap(), "{verb} {pid}");
     }

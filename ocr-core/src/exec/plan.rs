@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, PutFile, Result,
+    error::reason,
     package::{Asset, Content, Package},
 };
 
@@ -61,7 +62,8 @@ pub(super) async fn plan(record: &mut Record, package: Arc<Package>) -> Result<P
         Err(Error::invalid(
             "source",
             format_args!("wants a package of type {kind}; {package} is of type {}", package.kind()),
-        ))
+        )
+        .with_reason(reason::PACKAGE_TYPE))
     };
     let mut plan = Plan::default();
     match (kind, package.content()) {

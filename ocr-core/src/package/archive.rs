@@ -63,6 +63,7 @@ impl Default for UnpackLimits {
 pub struct Unpacked {
     scratch: Scratch,
     digest: String,
+    bytes: u64,
 }
 
 impl Unpacked {
@@ -74,6 +75,11 @@ impl Unpacked {
     /// The archive's SHA-256 in lower hex, of the very bytes that were unpacked.
     pub fn digest(&self) -> &str {
         &self.digest
+    }
+
+    /// What its files take, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     pub(super) fn into_parts(self) -> (Scratch, String) {
@@ -98,12 +104,14 @@ pub async fn unpack(archive: impl Into<PathBuf>, work: Option<&Path>, limits: Un
         let source = Source::open(&archive, &limits, cancel)?;
         let scratch = Scratch::new(work.as_deref())?;
         let mut folder = Folder::new(scratch.root(), limits.entries);
+        let mut bytes = 0;
         let walked = walk(source, &limits, |member, content| {
             folder.add(member, content)?;
+            bytes += member.bytes;
             Ok(ControlFlow::<()>::Continue(()))
         });
         match walked {
-            Ok((_, source)) => Ok(Unpacked { scratch, digest: source.digest() }),
+            Ok((_, source)) => Ok(Unpacked { scratch, digest: source.digest(), bytes }),
             Err(error) => {
                 scratch.remove();
                 Err(error)

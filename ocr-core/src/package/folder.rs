@@ -14,16 +14,14 @@ use tokio::sync::OnceCell;
 
 use super::{
     MANIFEST, Manifest, Package, PackageKind, PackageSource, PackageSummary, Requirement, UnpackLimits, archive,
-    blocking, disk_error, manifest, manifest_text, unpack,
+    blocking, disk_error, in_order, manifest, manifest_text, not_found, unpack,
 };
-use crate::{Error, ErrorKind, Result, Retry, error::reason, id::shown};
+use crate::{Error, ErrorKind, Result, Retry, id::shown};
 
 /// The most names in the folder that are looked at.
 const SCANNED_MAX: usize = 10_000;
 /// The most packages that stay unpacked (or open, for folders) after their last use.
 const KEPT_MAX: usize = 32;
-/// The most versions that a message lists.
-const LISTED_MAX: usize = 20;
 const ARCHIVES: [&str; 3] = [".package", ".tar.gz", ".tgz"];
 
 /// A [`PackageSource`] over a folder of this machine.
@@ -85,16 +83,18 @@ impl LocalFolder {
         blocking(move || scan(&folder, &limits, &mut known)).await
     }
 
-    async fn find(&self, name: &str, requirement: &str) -> Result<Arc<Package>> {
+    async fn find(&self, name: &str, requirement: &str) -> Result<Found> {
         manifest::check_name(name).map_err(|wanted| Error::invalid("source.name", wanted))?;
         let requirement = Requirement::parse(requirement)?;
-        let found = self.scan().await?;
+        let mut found = self.scan().await?;
         let (good, bad): (Vec<_>, Vec<_>) =
             found.iter().filter(|found| found.is_called(name)).partition(|found| found.outcome.is_ok());
         let good: Vec<(&Found, &Arc<Manifest>)> =
             good.into_iter().filter_map(|found| Some((found, found.outcome.as_ref().ok()?))).collect();
-        if let Some((found, _)) = requirement.newest(&good, |(_, manifest)| &manifest.version) {
-            return self.load(found).await.map_err(|error| error.on(found.place()));
+        if let Some((newest, _)) = requirement.newest(&good, |(_, manifest)| &manifest.version) {
+            let path = newest.path.clone();
+            let at = found.iter().position(|found| found.path == path).unwrap_or_default();
+            return Ok(found.swap_remove(at));
         }
         if let Some(fault) = bad.iter().find_map(|found| found.outcome.as_ref().err()) {
             return Err(fault.error());
@@ -158,8 +158,19 @@ impl LocalFolder {
 #[async_trait]
 impl PackageSource for LocalFolder {
     async fn fetch(&self, name: &str, requirement: &str) -> Result<Arc<Package>> {
-        let result = self.find(name, requirement).await;
-        result.map_err(|error| error.during("package.fetch").on(format!("package {}", shown(name))))
+        let fetched = async {
+            let found = self.find(name, requirement).await?;
+            self.load(&found).await.map_err(|error| error.on(found.place()))
+        };
+        fetched.await.map_err(|error| error.during("package.fetch").on(format!("package {}", shown(name))))
+    }
+
+    async fn resolve(&self, name: &str, requirement: &str) -> Result<Version> {
+        let found = self.find(name, requirement).await.and_then(|found| match &found.outcome {
+            Ok(manifest) => Ok(manifest.version.clone()),
+            Err(fault) => Err(fault.error()),
+        });
+        found.map_err(|error| error.during("package.resolve").on(format!("package {}", shown(name))))
     }
 
     async fn list(&self, kind: Option<PackageKind>) -> Result<Vec<PackageSummary>> {
@@ -175,27 +186,9 @@ impl PackageSource for LocalFolder {
                 description: manifest.description.clone(),
             })
             .collect();
-        let order = |package: &PackageSummary| package.name.to_ascii_lowercase();
-        packages.sort_by(|a, b| order(a).cmp(&order(b)).then_with(|| b.version.cmp(&a.version)));
-        packages.dedup_by(|a, b| order(a) == order(b) && a.version == b.version);
+        in_order(&mut packages);
         Ok(packages)
     }
-}
-
-fn not_found<'a>(name: &str, versions: impl Iterator<Item = &'a Version>) -> Error {
-    let mut versions: Vec<&Version> = versions.collect();
-    versions.sort_by(|a, b| b.cmp(a));
-    versions.dedup();
-    let more = versions.len().saturating_sub(LISTED_MAX);
-    let listed: Vec<String> = versions.iter().take(LISTED_MAX).map(ToString::to_string).collect();
-    let message = match (listed.is_empty(), more) {
-        (true, _) => format!("there is no package {name}"),
-        (false, 0) => format!("no version of {name} meets the requirement; there are {}", listed.join(", ")),
-        (false, more) => {
-            format!("no version of {name} meets the requirement; there are {} and {more} older", listed.join(", "))
-        }
-    };
-    Error::not_found(message).with_reason(reason::PACKAGE_NOT_FOUND)
 }
 
 fn changed() -> Error {

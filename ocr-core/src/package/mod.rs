@@ -2,7 +2,9 @@
 //!
 //! A package is a folder with a `package.toml` at its top and the files that it names; or an archive of such a
 //! folder. [`Manifest`] is what `package.toml` says, checked; [`Package`] is that and the files; a [`PackageSource`]
-//! finds packages by name and version. [`LocalFolder`] is the source that needs no server.
+//! finds packages by name and version. [`LocalFolder`] is the source that needs no server; `registry::Registry`
+//! (feature `deputy`) asks a registry. What a range's front end wants to know of packages is in `query` (feature
+//! `query`).
 //!
 //! ```
 //! use ocr_core::package::{LocalFolder, PackageKind, PackageSource};
@@ -49,11 +51,15 @@ use bytes::Bytes;
 use semver::{Version, VersionReq};
 use sha2::{Digest, Sha256};
 
-use crate::{Error, ErrorKind, Result, Retry, id::shown};
+use crate::{Error, ErrorKind, Result, Retry, error::reason, id::shown};
 
 mod archive;
 mod folder;
 mod manifest;
+#[cfg(feature = "query")]
+pub mod query;
+#[cfg(feature = "deputy")]
+pub mod registry;
 
 pub use archive::{UnpackLimits, Unpacked, unpack};
 pub use folder::LocalFolder;
@@ -74,6 +80,14 @@ pub trait PackageSource: fmt::Debug + Send + Sync + 'static {
     /// `Invalid` naming `source.name` or `source.version`, or the fault of the package itself; `NotFound` with reason
     /// [`PACKAGE_NOT_FOUND`](crate::error::reason::PACKAGE_NOT_FOUND) and the versions that there are.
     async fn fetch(&self, name: &str, requirement: &str) -> Result<Arc<Package>>;
+
+    /// The version that [`PackageSource::fetch`] would take, without fetching it where the source can tell.
+    ///
+    /// # Errors
+    /// Those of [`PackageSource::fetch`].
+    async fn resolve(&self, name: &str, requirement: &str) -> Result<Version> {
+        Ok(self.fetch(name, requirement).await?.manifest().version.clone())
+    }
 
     /// All packages, or those of one kind: by name, the newest version first.
     ///
@@ -350,6 +364,38 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
         Err(error) if error.is_panic() => Err(Error::internal("reading a package failed inside").with_source(error)),
         Err(_) => Err(Error::unavailable("the program is stopping")),
     }
+}
+
+fn not_found<'a>(name: &str, versions: impl Iterator<Item = &'a Version>) -> Error {
+    let message = match listed(versions) {
+        None => format!("there is no package {name}"),
+        Some(listed) => format!("no version of {name} meets the requirement; there are {listed}"),
+    };
+    Error::not_found(message).with_reason(reason::PACKAGE_NOT_FOUND)
+}
+
+/// The most versions that a message lists.
+const LISTED_MAX: usize = 20;
+
+/// Versions as a message lists them, the newest first.
+fn listed<'a>(versions: impl Iterator<Item = &'a Version>) -> Option<String> {
+    let mut versions: Vec<&Version> = versions.collect();
+    versions.sort_by(|a, b| b.cmp(a));
+    versions.dedup();
+    let more = versions.len().saturating_sub(LISTED_MAX);
+    let listed: Vec<String> = versions.iter().take(LISTED_MAX).map(ToString::to_string).collect();
+    match (listed.is_empty(), more) {
+        (true, _) => None,
+        (false, 0) => Some(listed.join(", ")),
+        (false, more) => Some(format!("{} and {more} older", listed.join(", "))),
+    }
+}
+
+/// As [`PackageSource::list`] has them, each version once.
+fn in_order(packages: &mut Vec<PackageSummary>) {
+    let order = |package: &PackageSummary| package.name.to_ascii_lowercase();
+    packages.sort_by(|a, b| order(a).cmp(&order(b)).then_with(|| b.version.cmp(&a.version)));
+    packages.dedup_by(|a, b| order(a) == order(b) && a.version == b.version);
 }
 
 /// Which versions are wanted.

@@ -4,7 +4,13 @@
 //!
 //! Other crates' tests take it in by its path: `#[path = "../../ocr-core/tests/support/redis.rs"] mod redis;`
 
-#![allow(dead_code, clippy::unwrap_used, reason = "no test uses all of it; what fails here fails the test")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    clippy::unwrap_used,
+    reason = "no test uses all of it; what fails here fails the test"
+)]
 
 use std::{
     fmt::Write as _,
@@ -31,11 +37,11 @@ pub(crate) fn missing() -> Option<&'static str> {
     })
 }
 
-/// Ends a test that needs Redis where there is none, and says so. With `OCR_NEED_REDIS` set it fails instead.
+/// Ends a test that needs Redis where there is none, and says so. With `OCR_IGNORE_NOTHING` set it fails instead.
 macro_rules! need_redis {
     () => {
         if let Some(why) = $crate::redis::missing() {
-            assert!(std::env::var_os("OCR_NEED_REDIS").is_none(), "{why}");
+            assert!(std::env::var_os("OCR_IGNORE_NOTHING").is_none(), "{why}");
             eprintln!("ignored: {why}");
             return;
         }
@@ -232,6 +238,11 @@ impl Server {
     /// The same, as a file.
     pub(crate) fn authority_file(&self) -> PathBuf {
         self.folder.path().join("ca.crt")
+    }
+
+    /// Where its files are.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// What the server logged.

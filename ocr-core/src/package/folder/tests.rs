@@ -3,7 +3,10 @@ use std::{fs::File, io::Write};
 use tempfile::TempDir;
 
 use super::*;
-use crate::package::tests::{feature, write_folder};
+use crate::{
+    error::reason,
+    package::tests::{feature, write_folder},
+};
 
 struct Rig {
     folder: TempDir,

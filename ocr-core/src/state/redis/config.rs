@@ -71,7 +71,11 @@ impl Address {
     /// # Errors
     /// What is wanted.
     pub fn parse(text: &str, default_port: u16) -> Result<Self, String> {
-        let wanted = || format!("wants host:port, got {}", crate::id::shown(text));
+        let wanted = || match text.contains('@') {
+            // It may be a URL with a password.
+            true => "wants host:port and nothing else".to_owned(),
+            false => format!("wants host:port, got {}", crate::id::shown(text)),
+        };
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
                 let (host, rest) = rest.split_once(']').ok_or_else(wanted)?;
@@ -168,6 +172,13 @@ impl RedisConfig {
             }
             _ => {}
         }
+        // A file without any certificate would be read as one that trusts nobody.
+        const BEGIN: &[u8] = b"-----BEGIN CERTIFICATE-----";
+        if let Some(pem) = self.tls.as_ref().and_then(|tls| tls.authorities_pem.as_ref())
+            && !pem.windows(BEGIN.len()).any(|window| window == BEGIN)
+        {
+            return Err(Error::invalid("authorities_pem", "wants certificates as PEM (REDIS_CA_FILE)"));
+        }
         // Certificates are read here, so that a broken file is told at once and not at the first call.
         self.client(&Address::new("localhost", 6379), &self.login, 0).map(drop)
     }
@@ -198,5 +209,43 @@ impl RedisConfig {
                 Client::build_with_tls(info, certificates).map_err(bad)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_in_every_form() {
+        for (text, wanted) in [
+            ("a", "a:6379"),
+            ("a.example:1", "a.example:1"),
+            ("::1", "[::1]:6379"),
+            ("[::1]", "[::1]:6379"),
+            ("[fe80::1]:2", "[fe80::1]:2"),
+        ] {
+            assert_eq!(Address::parse(text, 6379).unwrap().to_string(), wanted);
+        }
+        for text in ["", ":1", "a:", "a:x", "a:0", "a:70000", "[::1", "[::1]x", "a b", "redis://a", "[]:1"] {
+            let fault = Address::parse(text, 6379);
+            assert!(text == "a:" || fault.is_err(), "{text:?} is {fault:?}");
+        }
+        assert!(!Address::parse("redis://:canary@h", 1).unwrap_err().contains("canary"));
+    }
+
+    #[test]
+    fn secrets_are_in_no_output() {
+        let login = Login { user: Some("ocr".to_owned()), password: Some("canary-7f3a".into()) };
+        let place =
+            Place::Sentinel { sentinels: vec![Address::new("h", 1)], master: "m".to_owned(), login: login.clone() };
+        let tls = Tls { authorities_pem: Some(b"canary-7f3a".to_vec()), insecure: false };
+        let mut config = RedisConfig { login, tls: Some(tls), ..RedisConfig::new(place) };
+        assert!(!format!("{config:?}").contains("canary"), "{config:?}");
+        let error = config.check().unwrap_err();
+        assert!(!format!("{error:?} {error}").contains("canary"), "{error:?}");
+        config.tls = None;
+        let client = config.client(&Address::new("h", 1), &config.login, 0).unwrap();
+        assert!(!format!("{client:?}").contains("canary"), "{client:?}");
     }
 }

@@ -142,7 +142,9 @@ impl Connector {
                     return Ok(link);
                 }
                 Ok(Err(fault)) => fault,
-                Err(_) => Fault { passing: true, ..Fault::timed_out("Redis does not answer in time") },
+                // What an earlier try met says more than that this one was cut short.
+                Err(_) if gate.last.is_some() => return Err(away(gate.last.as_ref())),
+                Err(_) => Fault::unanswered(),
             };
             if gate.down_since.is_none() {
                 gate.down_since = Some(Instant::now());
@@ -363,7 +365,7 @@ impl Connector {
     /// Sends a command that may be sent twice, again over new connections while there is time.
     pub(super) async fn read(&self, command: &Cmd) -> Result<Value> {
         let deadline = self.deadline();
-        let mut pause = PAUSE;
+        let (mut pause, mut again) = (PAUSE, false);
         loop {
             let link = self.link(deadline).await.map_err(|fault| fault.error)?;
             self.touch(&link);
@@ -380,10 +382,12 @@ impl Connector {
                 let error = fault.error;
                 return Err(if error.retry() == Retry::Ambiguous { error.with_retry(Retry::Safe) } else { error });
             }
-            if !fault.relink {
+            // New connections are tried at once, but not again and again.
+            if !fault.relink || again {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(MAX_PAUSE);
             }
+            again = true;
         }
     }
 }
@@ -449,7 +453,7 @@ async fn run(connection: &mut MultiplexedConnection, command: Cmd) -> Result<Val
 async fn run_within(connection: &mut MultiplexedConnection, command: Cmd, within: Duration) -> Result<Value, Fault> {
     match tokio::time::timeout(within, run(connection, command)).await {
         Ok(result) => result,
-        Err(_) => Err(Fault { passing: true, ..Fault::timed_out("no answer in time") }),
+        Err(_) => Err(Fault::unanswered()),
     }
 }
 

@@ -1,6 +1,6 @@
 //! What Redis' errors mean for a caller. No text here can hold a password: none is made from what was sent.
 
-use std::io;
+use std::{error::Error as StdError, io, sync::Arc};
 
 use deadpool_redis::{
     PoolError,
@@ -40,6 +40,13 @@ impl Fault {
         Self::new(Error::timed_out(text)).relink()
     }
 
+    /// No answer while connecting: nothing has been done yet.
+    pub(super) fn unanswered() -> Self {
+        Self::new(Error::unavailable("Redis does not answer in time (REDIS_HOST, REDIS_PORT, REDIS_TLS)"))
+            .relink()
+            .passing()
+    }
+
     /// An answer of another form than the command has.
     pub(super) fn nonsense(what: &str) -> Self {
         let text = format!("Redis gave {what}; does other software use the same keys (REDIS_PREFIX)?");
@@ -50,7 +57,7 @@ impl Fault {
     pub(super) fn connecting(error: PoolError) -> Self {
         match error {
             PoolError::Backend(error) => Self::connecting_by(error),
-            PoolError::Timeout(_) => Self::new(Error::unavailable("no connection to Redis in time")).passing(),
+            PoolError::Timeout(_) => Self::unanswered(),
             other => Self::new(Error::internal("the pool of Redis connections failed").with_source(other)),
         }
         .relink()
@@ -65,7 +72,7 @@ impl Fault {
             let text = if error.is_connection_refusal() {
                 "nothing listens at the address of Redis (REDIS_HOST, REDIS_PORT)"
             } else if error.is_timeout() {
-                "Redis does not answer in time"
+                "Redis does not answer in time (REDIS_HOST, REDIS_PORT, REDIS_TLS)"
             } else if error.is_connection_dropped() {
                 "Redis closed the connection at once; does it want encryption, or none (REDIS_TLS)?"
             } else {
@@ -150,12 +157,15 @@ fn by_code(code: &str, detail: &str) -> Fault {
 }
 
 fn tls(error: &RedisError) -> Option<Fault> {
-    // redis-rs wraps what its TLS library says into an I/O error.
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = std::error::Error::source(error);
+    // redis-rs wraps what its TLS library says into an I/O error, and that into a shared one.
+    let mut cause = error.source();
     while let Some(inner) = cause {
-        let found = inner.downcast_ref::<rustls::Error>().or_else(|| {
-            inner.downcast_ref::<io::Error>().and_then(|io| io.get_ref()).and_then(|inner| inner.downcast_ref())
-        });
+        let inner = match inner.downcast_ref::<Arc<dyn StdError + Send + Sync>>() {
+            Some(shared) => &**shared as &(dyn StdError + 'static),
+            None => inner,
+        };
+        let wrapped = || inner.downcast_ref::<io::Error>()?.get_ref()?.downcast_ref();
+        let found = inner.downcast_ref::<rustls::Error>().or_else(wrapped);
         if let Some(found) = found {
             let text = match found {
                 rustls::Error::InvalidCertificate(_) => {

@@ -23,15 +23,16 @@
 //! | no `appendonly` | everything since the last snapshot | |
 //! | `appendonly yes`, `appendfsync everysec` | up to about 1 s (power cut) | |
 //! | `appendonly yes`, `appendfsync always` | nothing | |
-//! | replicas, [`wait_replicas`](RedisConfig::wait_replicas) 0 | | what was not replicated yet; cut off, all since the cut |
-//! | replicas, `wait_replicas` of at least half of the replicas, rounded up | | nothing, unless a replica without it is elected |
+//! | replicas, [`wait_replicas`](RedisConfig::wait_replicas) 0 | | what was not replicated yet; of a master cut off from them, all since the cut |
+//! | replicas, `wait_replicas` less than all | | nothing, unless a replica is elected that missed it |
+//! | replicas, `wait_replicas` all | | nothing; no write succeeds while one is away |
 //!
-//! So: `appendonly yes` and `appendfsync always` on every server, and `wait_replicas` 1 for a master with one replica or
-//! two. With it, a write is answered only when so many replicas have it (`WAIT` on the same connection); fewer are an
-//! error, and the write may or may not stand. `WAIT` is about memory: the replicas' disks are `appendfsync`'s business.
-//! Redis may still elect a replica that missed the last write while another one had it; where that must not be, wait for
-//! all of them. Readers may see a write before it is answered. While a network is cut, a reader on the wrong side may see
-//! old records; writers there are refused. `maxmemory-policy` must be `noeviction`.
+//! So: `appendonly yes` and `appendfsync always` on every server, and `wait_replicas` 1 for a master with one replica.
+//! With it a write is answered only when so many replicas have it (`WAIT` on the same connection); fewer are an error,
+//! and the write may or may not stand. `WAIT` is about memory: the replicas' disks are `appendfsync`'s business. Redis elects
+//! the replica that has most, as far as it knows. Readers may see a write before it is answered. While a network is
+//! cut, a reader on the wrong side may see old records; writers there are refused. `maxmemory-policy` must be
+//! `noeviction`.
 //!
 //! Leases rest on this: with `wait_replicas` two processes never hold one at a time as long as the clocks agree; without
 //! it a failover may forget one, but the next holder's token is greater all the same, so that whoever checks tokens
@@ -130,8 +131,8 @@ impl RedisStore {
     }
 
     fn versioned(stored: Vec<u8>) -> Result<Versioned> {
-        let version = stored.get(..VERSION_BYTES).and_then(|digits| std::str::from_utf8(digits).ok());
-        let version = version.and_then(|digits| digits.parse().ok()).ok_or_else(|| {
+        let digits = stored.get(..VERSION_BYTES).filter(|digits| digits.iter().all(u8::is_ascii_digit));
+        let version = digits.and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok()).ok_or_else(|| {
             Error::internal("the record has another form than this version writes; does other software use the same keys (REDIS_PREFIX)?")
         })?;
         Ok(Versioned { value: Bytes::from(stored).slice(VERSION_BYTES..), version: Version(version) })
@@ -289,4 +290,60 @@ fn warnings(info: &str, wait_replicas: u32) -> Vec<String> {
         ));
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Whether a key is in Redis' range from `[prefix` to this end.
+    fn within(prefix: &str, key: &str) -> bool {
+        let end = end_of(prefix);
+        let below = match end.split_first() {
+            Some((b'(', end)) => key.as_bytes() < end,
+            _ => end == b"+",
+        };
+        key >= prefix && below
+    }
+
+    proptest! {
+        #[test]
+        fn a_range_holds_exactly_the_keys_with_its_prefix(prefix in ".{0,4}", key in ".{0,6}", longer in any::<bool>()) {
+            let key = if longer { format!("{prefix}{key}") } else { key };
+            prop_assert_eq!(within(&prefix, &key), key.starts_with(&prefix));
+        }
+
+        #[test]
+        fn a_stored_record_is_read_as_it_was_written(version in 0_u64..10_000_000_000_000_000, value in any::<Vec<u8>>()) {
+            let stored = [format!("{version:016}").as_bytes(), &value].concat();
+            let record = RedisStore::versioned(stored).unwrap();
+            prop_assert_eq!((record.version.0, record.value.as_ref()), (version, value.as_slice()));
+        }
+
+        #[test]
+        fn what_others_wrote_is_refused(stored in any::<Vec<u8>>()) {
+            let digits = stored.len() >= VERSION_BYTES && stored[..VERSION_BYTES].iter().all(u8::is_ascii_digit);
+            prop_assume!(!digits);
+            prop_assert!(RedisStore::versioned(stored).is_err());
+        }
+    }
+
+    #[test]
+    fn what_would_lose_records_is_warned_of() {
+        let good =
+            "role:master\r\nconnected_slaves:1\r\naof_enabled:1\r\nmaxmemory:0\r\nmaxmemory_policy:allkeys-lru\r\n";
+        assert_eq!(warnings(good, 1), [""; 0]);
+        for (change, to, wait_replicas, wanted) in [
+            ("aof_enabled:1", "aof_enabled:0", 1, "appendonly yes"),
+            ("maxmemory:0", "maxmemory:1000", 1, "maxmemory-policy is allkeys-lru"),
+            ("", "", 0, "REDIS_WAIT_REPLICAS"),
+            ("", "", 2, "REDIS_WAIT_REPLICAS is 2"),
+        ] {
+            let found = warnings(&good.replacen(change, to, 1), wait_replicas);
+            assert!(found.len() == 1 && found[0].contains(wanted), "{wanted} in {found:?}");
+        }
+        assert_eq!(warnings("", 0).len(), 0, "a server that does not say");
+    }
 }

@@ -232,10 +232,18 @@ impl Drop for Listener {
         let mut topics = lock(&shared.topics);
         let Some(topic) = topics.by_name.get_mut(&self.topic) else { return };
         topic.mailboxes.retain(|mailbox| !Arc::ptr_eq(mailbox, &self.mailbox));
-        if topic.mailboxes.is_empty() {
+        topic.waiting.retain(|waiting| !waiting.is_closed());
+        if !topic.mailboxes.is_empty() {
+            return;
+        }
+        if topic.live {
             topics.dirty.insert(self.topic.clone());
             drop(topics);
             shared.changed.notify_one();
+        } else {
+            // There may be no connection for long, and nothing must pile up here.
+            topics.by_name.remove(&self.topic);
+            topics.dirty.remove(&self.topic);
         }
     }
 }
@@ -354,10 +362,13 @@ impl Carrier {
         }
         for topics in begin.chunks(CHUNK) {
             self.answered(sink.subscribe(self.names(topics))).await?;
-            let mut shared = lock(&self.shared.topics);
-            shared.trouble = None;
-            for topic in topics {
-                shared.live(topic);
+            let gone: Vec<_> = {
+                let mut shared = lock(&self.shared.topics);
+                shared.trouble = None;
+                topics.iter().filter(|topic| !shared.live(topic)).cloned().collect()
+            };
+            if !gone.is_empty() {
+                self.answered(sink.unsubscribe(self.names(&gone))).await?;
             }
         }
         Ok(())
@@ -377,10 +388,15 @@ impl Carrier {
 
     fn lost(&self, error: Error) {
         let mut topics = lock(&self.shared.topics);
+        // What no waiting will cure is told at once.
+        let hopeless = error.retry() == Retry::Never;
         topics.trouble = Some(error);
         for topic in topics.by_name.values_mut() {
             topic.missed |= topic.live;
             topic.live = false;
+            if hopeless {
+                topic.waiting.clear();
+            }
         }
     }
 }
@@ -412,8 +428,9 @@ impl Topics {
         (begin, end)
     }
 
-    fn live(&mut self, key: &Key) {
-        let Some(topic) = self.by_name.get_mut(key) else { return };
+    /// Redis has confirmed a topic. `false` when its listeners have gone meanwhile.
+    fn live(&mut self, key: &Key) -> bool {
+        let Some(topic) = self.by_name.get_mut(key) else { return false };
         topic.live = true;
         if std::mem::take(&mut topic.missed) {
             for mailbox in &topic.mailboxes {
@@ -424,6 +441,7 @@ impl Topics {
             // Nobody waits any more when the caller gave up.
             let _ = waiting.send(());
         }
+        true
     }
 }
 

@@ -169,7 +169,7 @@ impl Writer {
                 Err(fault) => fault,
             },
             Ok(Err(fault)) => fault,
-            Err(_) => Fault::timed_out("Redis did not answer in time; the write may have been done"),
+            Err(_) => unanswered(),
         };
         if fault.relink {
             self.connector.forget(&link);
@@ -200,10 +200,14 @@ impl Writer {
                 Batches { connector: Arc::clone(&self.connector), queue: Arc::clone(&self.queue), ended: false };
             tokio::spawn(batches.run());
         }
-        answered.await.unwrap_or_else(|_| {
-            let error = Error::unavailable("the program is stopping; the write may have been done");
-            Err(Fault { error: error.with_retry(Retry::Ambiguous), relink: false, passing: false })
-        })
+        match timeout_at(deadline, answered).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => {
+                let error = Error::unavailable("the program is stopping; the write may have been done");
+                Err(Fault { error: error.with_retry(Retry::Ambiguous), relink: false, passing: false })
+            }
+            Err(_) => Err(unanswered()),
+        }
     }
 }
 
@@ -226,15 +230,16 @@ impl Batches {
                     self.ended = true;
                     return;
                 }
-                queue.waiting.drain(..count).collect()
+                // Who gave up before it was sent need not wonder whether it was.
+                queue.waiting.drain(..count).filter(|waiting| !waiting.answer.is_closed()).collect()
             };
             self.write(batch).await;
         }
     }
 
     async fn write(&self, batch: Vec<Waiting>) {
-        // The first has waited longest; all end by its deadline.
-        let Some(deadline) = batch.iter().map(|waiting| waiting.deadline).min() else { return };
+        // Each has its own deadline, at which its caller goes; the last of them ends the batch.
+        let Some(deadline) = batch.iter().map(|waiting| waiting.deadline).max() else { return };
         let results = self.send(&batch, deadline).await;
         match results {
             Ok(results) => {
@@ -255,13 +260,12 @@ impl Batches {
     async fn send(&self, batch: &[Waiting], deadline: Instant) -> Result<Vec<Result<Done, Fault>>, Fault> {
         let connector = &self.connector;
         let link = connector.link_for_write(deadline).await?;
-        let latest_us = connector.server_us(&link, deadline);
         let replicas = connector.config.wait_replicas;
         let left = deadline.saturating_duration_since(Instant::now());
         let wait_ms = (left / WAIT_SHARE).as_millis().max(MIN_WAIT_MS);
         let mut pipeline = Pipeline::with_capacity(batch.len() + 1);
         for waiting in batch {
-            pipeline.add_command(waiting.change.command(latest_us));
+            pipeline.add_command(waiting.change.command(connector.server_us(&link, waiting.deadline)));
         }
         let mut wait = cmd("WAIT");
         wait.arg(replicas).arg(u64::try_from(wait_ms).unwrap_or(u64::MAX));
@@ -275,7 +279,7 @@ impl Batches {
             }
             Err(_) => {
                 connector.forget(&link);
-                return Err(Fault::timed_out("Redis did not answer in time; the write may have been done"));
+                return Err(unanswered());
             }
         };
         let Some((confirmed, answers)) = answers.split_last().filter(|(_, answers)| answers.len() == batch.len())
@@ -326,6 +330,10 @@ impl Drop for Batches {
 
 fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
     queue.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn unanswered() -> Fault {
+    Fault::timed_out("Redis did not answer in time; the write may have been done")
 }
 
 /// What the script says that it did.
