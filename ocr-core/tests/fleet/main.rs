@@ -25,7 +25,7 @@ use tokio::time::{Instant, sleep};
 use self::{
     flaky::Path,
     sim::{Machines, Random},
-    world::{EXECUTORS, MACHINES, Outcome, Plan, Shelf, World, process},
+    world::{EXECUTORS, MACHINES, Outcome, Plan, Shelf, World, condition, process},
 };
 
 /// The seeds to run.
@@ -136,10 +136,13 @@ fn in_memory_no_history_breaks_a_promise() {
 /// On a real server that is killed and started again, and stopped in its steps.
 #[cfg(feature = "redis")]
 mod on_redis {
-    use std::sync::Mutex;
+    use std::{collections::BTreeMap, sync::Mutex};
 
     use futures::{StreamExt, stream};
-    use ocr_core::state::redis::{Address, Place, RedisConfig, RedisStore};
+    use ocr_core::{
+        fleet::Membership,
+        state::redis::{Address, Place, RedisConfig, RedisStore},
+    };
     use tokio::task::spawn_blocking;
 
     use super::*;
@@ -202,6 +205,75 @@ mod on_redis {
         let outcome = world.run(trouble).await;
         drop(kept);
         outcome
+    }
+
+    /// How often each command was called so far, those that scripts call too.
+    fn commands(server: &Server) -> BTreeMap<String, u64> {
+        let stats = server.info("commandstats");
+        let calls = |line: &str| {
+            let (name, rest) = line.strip_prefix("cmdstat_")?.split_once(':')?;
+            Some((name.to_owned(), rest.strip_prefix("calls=")?.split(',').next()?.parse().ok()?))
+        };
+        stats.lines().filter_map(calls).filter(|(name, _): &(String, u64)| name != "info").collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_tick_costs_no_command() {
+        need_redis!();
+        log();
+        let plan = Plan {
+            lease_ttl: Duration::from_secs(3),
+            length: Duration::from_secs(6),
+            interval: Duration::from_millis(100),
+            installs: 0,
+            conditions: 0,
+            longest_ms: 2,
+        };
+        let machines = Machines::new(MACHINES, Random::new(1), plan.longest_ms);
+        let (server, shelf) = (Server::start(Options::durable()), Shelf::new());
+        let processes: Vec<_> = (0..EXECUTORS)
+            .map(|index| {
+                let store = store(&server);
+                let signals = Arc::new(store.signals());
+                process(index, &machines, &shelf, &plan, Arc::new(store), signals)
+            })
+            .collect();
+        // Each machine is watched through one of them.
+        let mut streams = Vec::new();
+        let window = async |server: &Server| {
+            let (before, runs) = (commands(server), machines.history().len() as u64);
+            sleep(plan.length).await;
+            let after = commands(server);
+            let spent: u64 = after.iter().map(|(name, calls)| calls - before.get(name).unwrap_or(&0)).sum();
+            (spent, machines.history().len() as u64 - runs)
+        };
+        for process in &processes {
+            let mut membership = process.fleet.membership();
+            membership.wait_for(|now| matches!(now, Membership::Member(_))).await.unwrap();
+        }
+        sleep(plan.lease_ttl).await;
+        let (idle, _) = window(&server).await;
+        for (index, vm) in machines.vms.iter().enumerate() {
+            let executor = &processes[index % EXECUTORS].executor;
+            let request = condition(*vm, "condition;", plan.interval);
+            let id = executor.create_condition(request).await.unwrap().id;
+            streams.push(executor.watch(id).await.unwrap());
+        }
+        for stream in &mut streams {
+            stream.next().await.unwrap().unwrap();
+        }
+        // The shares follow the work, and then stand still.
+        sleep(plan.lease_ttl * 2).await;
+        let (busy, ticks) = window(&server).await;
+        // A window may hold one renewal of each member more than another; a renewal is a script of ten commands.
+        let renewals = 11 * EXECUTORS as u64;
+        let per_tick = busy.saturating_sub(idle + renewals) as f64 / ticks as f64;
+        println!("figure redis.commands_per_tick {per_tick} commands ({ticks} ticks: {busy} commands, {idle} without)");
+        assert!(ticks > 1000 && per_tick == 0.0, "{busy} commands in {ticks} ticks, {idle} when idle");
+        for process in &processes {
+            process.executor.shutdown(Duration::from_secs(5)).await;
+            process.fleet.leave(Duration::from_secs(5)).await;
+        }
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -119,6 +119,16 @@ pub(crate) fn process(
     Process { fleet, executor: Executor::new(parts, config), scheduler }
 }
 
+pub(crate) fn condition(vm: VmId, line: &str, interval: Duration) -> ConditionRequest {
+    ConditionRequest {
+        name: "condition".to_owned(),
+        vm,
+        account: Account::default(),
+        probe: Probe::Command { line: line.to_owned(), interval },
+        environment: BTreeMap::new(),
+    }
+}
+
 /// What became of the work, as its callers were told.
 #[derive(Default)]
 struct Told {
@@ -204,13 +214,8 @@ impl World {
 
     /// Makes a condition and watches it through some executors; says which streams failed.
     async fn watch(self: Arc<Self>, index: usize, calm: CancellationToken) -> Vec<String> {
-        let request = || ConditionRequest {
-            name: "condition".to_owned(),
-            vm: self.machines.vms[index % MACHINES],
-            account: Account::default(),
-            probe: Probe::Command { line: format!("condition {index};"), interval: self.plan.interval },
-            environment: BTreeMap::new(),
-        };
+        let vm = self.machines.vms[index % MACHINES];
+        let request = || condition(vm, &format!("condition {index};"), self.plan.interval);
         let id = loop {
             match self.executor().create_condition(request()).await {
                 Ok(installed) => break installed.id,
