@@ -5,6 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use ocr_core::{
     Error, Owner, Result, Retry, StateStore,
     exec::{self, Executor, SecretStorage},
+    fleet::{Fleet, FleetConfig, FleetParts},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
     package::{
@@ -34,6 +35,8 @@ pub struct Service {
     /// Where the deployer's machines may have left disks, and whose they are.
     disks: Option<(Backends, Owner)>,
     executor: Option<(Executor, Scheduler)>,
+    /// The other executors on the same store.
+    fleet: Option<Fleet>,
     queries: Option<Queries>,
 }
 
@@ -53,16 +56,30 @@ impl Service {
     }
 
     /// With features, injects, conditions, and answers about packages. Call it on a runtime: the queue's workers start.
+    ///
+    /// With a fleet's configuration it joins the other executors on this store, and acts only while it is one of them.
+    ///
+    /// # Errors
+    /// `Invalid` for a fleet's configuration that cannot be.
     pub fn with_executor(
         mut self,
         backends: &Backends,
-        store: Arc<dyn StateStore>,
+        shared: Shared,
         packages: Arc<dyn PackageSource>,
-        config: exec::Config,
-        secrets: SecretStorage,
-        queue: SchedulerConfig,
-    ) -> Self {
-        let scheduler = Scheduler::start(queue);
+        parts: ExecutorParts,
+    ) -> Result<Self> {
+        let Shared { store, signals } = shared;
+        let ExecutorParts { config, secrets, queue, fleet } = parts;
+        let (scheduler, fleet) = match fleet {
+            Some(fleet) => {
+                // Nothing runs before the fleet says what may.
+                let scheduler = Scheduler::start(SchedulerConfig { gated: true, max_connections: 0, ..queue });
+                let gates = Arc::new(scheduler.clone());
+                let parts = FleetParts { store: store.clone(), signals, gates };
+                (scheduler, Some(Fleet::start(parts, &fleet)?))
+            }
+            None => (Scheduler::start(queue), None),
+        };
         let parts = exec::Parts {
             guest: backends.guest.clone(),
             compute: backends.compute.clone(),
@@ -70,14 +87,16 @@ impl Service {
             packages: packages.clone(),
             scheduler: scheduler.clone(),
             secrets,
+            fleet: fleet.clone(),
         };
         let executor = match &backends.credentials {
             None => Executor::new(parts, config),
             Some(credentials) => Executor::with_credentials(parts, config, credentials.clone()),
         };
         self.executor = Some((executor, scheduler));
+        self.fleet = fleet;
         self.queries = Some(Queries::new(packages, store, query::Config::default()));
-        self
+        Ok(self)
     }
 
     /// Takes the address; nothing is answered before [`Service::run`].
@@ -109,6 +128,9 @@ impl Service {
         let left = || deadline.saturating_duration_since(end());
         if let Some((executor, scheduler)) = &self.executor {
             let cut = executor.shutdown(left()).await;
+            if let Some(fleet) = &self.fleet {
+                fleet.leave(left()).await;
+            }
             scheduler.shutdown(left()).await;
             if cut > 0 {
                 tracing::warn!(cut, "installs were cut off; the next start ends them");
@@ -168,6 +190,19 @@ impl Service {
     }
 }
 
+/// An executor's settings.
+#[derive(Clone, Debug)]
+pub struct ExecutorParts {
+    /// Its own.
+    pub config: exec::Config,
+    /// What becomes of secrets that are needed again later.
+    pub secrets: SecretStorage,
+    /// The queue's.
+    pub queue: SchedulerConfig,
+    /// The other executors', where the store is one that they share.
+    pub fleet: Option<FleetConfig>,
+}
+
 /// What processes with the same store share.
 #[derive(Clone, Debug)]
 pub struct Shared {
@@ -185,7 +220,11 @@ pub fn open_store(store: &Store) -> Result<Arc<dyn StateStore>> {
     Ok(open_shared(store)?.store)
 }
 
-fn open_shared(store: &Store) -> Result<Shared> {
+/// [`open_store`], with the signals that belong to it.
+///
+/// # Errors
+/// Those of [`open_store`].
+pub fn open_shared(store: &Store) -> Result<Shared> {
     let store: Arc<dyn StateStore> = match store {
         Store::Redis(config) => {
             return Ok(over_redis(RedisStore::new((**config).clone())?));

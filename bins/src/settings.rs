@@ -15,6 +15,7 @@ use std::{
 use ocr_core::{
     Owner,
     exec::{self, SecretStorage},
+    fleet::FleetConfig,
     lifecycle::DeployConfig,
     package::registry,
     queue::scheduler::SchedulerConfig,
@@ -316,7 +317,18 @@ pub const VARIABLES: &[Variable] = &[
         ..optional("DEPUTY_TOKEN", EXECUTOR, None, "token for a registry that wants one for reading")
     },
     optional("DEPUTY_TOKEN_FILE", EXECUTOR, None, "file with that token, instead of DEPUTY_TOKEN"),
-    optional("MAX_CONNECTIONS", EXECUTOR, Some("50"), "operations in guests at once, over all machines"),
+    optional(
+        "MAX_CONNECTIONS",
+        EXECUTOR,
+        Some("50"),
+        "operations in guests at once, over all machines and over all executors with the same Redis",
+    ),
+    optional(
+        "LEASE_TTL",
+        EXECUTOR,
+        Some("30"),
+        "seconds after which the machines of an executor that was killed, or cut off from Redis, go to the others",
+    ),
     optional("ACTION_TIMEOUT", EXECUTOR, Some("300"), "seconds that one action in a guest may run"),
     optional(
         "CONDITION_REPLY",
@@ -453,6 +465,8 @@ pub struct Settings {
     pub exec: exec::Config,
     /// The queue's.
     pub queue: SchedulerConfig,
+    /// The other executors', where the store is one that they share.
+    pub fleet: Option<FleetConfig>,
     /// Where packages are.
     pub packages: Packages,
     /// What becomes of secrets that are needed again later.
@@ -617,9 +631,11 @@ impl<'a> Reader<'a> {
         let store = self.store(owner.as_ref(), insecure);
         let timeout = self.seconds("HYPERVISOR_WAIT_TIMEOUT", 1, 86_400);
         let interval = self.seconds("HYPERVISOR_WAIT_INTERVAL", 1, 3_600);
-        let (action, connections) = match self.server {
+        let (action, connections, lease_ttl) = match self.server {
             Server::Executor => {
-                (self.seconds("ACTION_TIMEOUT", 1, 86_400), self.number("MAX_CONNECTIONS", 1, 10_000) as usize)
+                let connections = self.number("MAX_CONNECTIONS", 1, 10_000) as usize;
+                // Less leaves no time for a Redis that is busy, or starts again.
+                (self.seconds("ACTION_TIMEOUT", 1, 86_400), connections, self.seconds("LEASE_TTL", 3, 3_600))
             }
             Server::Machiner => Default::default(),
         };
@@ -652,6 +668,8 @@ impl<'a> Reader<'a> {
             insecure,
             backend: Backend::Libvirt(libvirt),
             guest,
+            fleet: matches!((self.server, &store), (Server::Executor, Store::Redis(_)))
+                .then_some(FleetConfig { lease_ttl, max_connections: queue.max_connections }),
             store,
             deploy,
             exec,

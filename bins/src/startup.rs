@@ -10,7 +10,7 @@ use ocr_grpc::Generation;
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
+    service::{ExecutorParts, Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
     settings::{Backend, Guest, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
@@ -81,7 +81,6 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
         stop_on_signals().map_err(|error| ocr_core::Error::internal("signals cannot be watched").with_source(error))?;
     // The store first: it tells another process with the same file before anything is touched.
     let Some(shared) = wait_for_store(&settings.store, &stop).await? else { return Ok(()) };
-    let store = shared.store;
     let open = || async {
         match &settings.backend {
             Backend::Libvirt(libvirt) => Backends::libvirt(libvirt).await,
@@ -92,20 +91,19 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let backends = match &settings.guest {
         Guest::Agent => backends,
         #[cfg(feature = "ssh")]
-        Guest::Ssh(ssh) => backends.over_ssh(ssh, store.clone())?,
+        Guest::Ssh(ssh) => backends.over_ssh(ssh, shared.store.clone())?,
     };
     let service = match settings.server {
-        Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
+        Server::Machiner => Service::default().with_deployer(&backends, shared.store, settings.deploy),
         Server::Executor => {
             let packages = open_packages(&settings.packages).await?;
-            Service::default().with_executor(
-                &backends,
-                store,
-                packages,
-                settings.exec,
-                settings.secrets,
-                settings.queue,
-            )
+            let parts = ExecutorParts {
+                config: settings.exec,
+                secrets: settings.secrets,
+                queue: settings.queue,
+                fleet: settings.fleet,
+            };
+            Service::default().with_executor(&backends, shared, packages, parts)?
         }
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };

@@ -82,6 +82,11 @@ uuid_id!(
     OperationId, "operation id"
 );
 uuid_id!(
+    /// One session of one executor in a [`fleet`](crate::fleet). It is never used again: who lost its session and comes
+    /// back is another member.
+    MemberId, "member id"
+);
+uuid_id!(
     /// A page of HTML that was made of a package.
     DocumentId, "page id"
 );

@@ -65,6 +65,7 @@ pub mod conformance;
 pub mod credentials;
 pub mod error;
 pub mod exec;
+pub mod fleet;
 pub mod guest;
 pub mod id;
 pub mod image;
@@ -88,7 +89,9 @@ pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
     PutFiles, RemoveFiles,
 };
-pub use id::{DocumentId, ImageId, InstallId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
+pub use id::{
+    DocumentId, ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId,
+};
 pub use image::{
     DiskFormat, Image, ImageBackend, ImageBackendExt, ImageCapabilities, ImageFilter, ImageSource, ImageSpec,
     ImageState, OsFamily,

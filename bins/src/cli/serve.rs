@@ -18,7 +18,7 @@ use super::{
 use crate::{
     backends::Backends,
     logging,
-    service::{Service, open_packages, open_store, stop_on_signals, wait_for_backend},
+    service::{ExecutorParts, Service, open_packages, open_shared, stop_on_signals, wait_for_backend},
     settings::{LogSettings, Packages, Store, read_key_file},
 };
 
@@ -85,7 +85,7 @@ pub(crate) async fn start(
     state: Option<&Path>,
     secrets: SecretStorage,
 ) -> Result<Serving, Failure> {
-    let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
+    let shared = open_shared(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
     let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
     let config = exec::Config {
         action_deadline: Duration::from_secs(300),
@@ -94,14 +94,10 @@ pub(crate) async fn start(
         reply_output_bytes: MAX_REPLY_OUTPUT_BYTES,
     };
     let packages = open_packages(packages).await?;
-    let service = Service::default().with_deployer(&backends, store.clone(), deploy).with_executor(
-        &backends,
-        store,
-        packages,
-        config,
-        secrets,
-        SchedulerConfig::default(),
-    );
+    let parts = ExecutorParts { config, secrets, queue: SchedulerConfig::default(), fleet: None };
+    let service = Service::default()
+        .with_deployer(&backends, shared.store.clone(), deploy)
+        .with_executor(&backends, shared, packages, parts)?;
     let bound = service.bind(listen, Generation::Newer, true).await?;
     let (address, stop) = (bound.local_addr(), CancellationToken::new());
     let task = tokio::spawn(service.run(bound, RECONCILE_INTERVAL, GRACE, stop.clone()));

@@ -7,7 +7,10 @@ use std::{
 
 use tokio::sync::watch;
 
-use crate::VmId;
+use crate::{
+    VmId,
+    fleet::{Fleet, Pin},
+};
 
 /// Which machines are held. Cloning is cheap; all clones are one.
 ///
@@ -16,13 +19,18 @@ use crate::VmId;
 /// Every operation looks for a hold first thing in its turn, and no turn can begin while the one that takes the hold
 /// still runs, so there is no gap.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Holds(Arc<Mutex<HashMap<VmId, watch::Sender<()>>>>);
+pub(super) struct Holds {
+    held: Arc<Mutex<HashMap<VmId, watch::Sender<()>>>>,
+    fleet: Option<Fleet>,
+}
 
 /// A machine is held until this is dropped.
 #[derive(Debug)]
 pub(super) struct Hold {
     holds: Holds,
     vm: VmId,
+    /// Nor does the machine go to another process.
+    _pin: Option<Pin>,
 }
 
 /// Somebody else holds the machine.
@@ -30,13 +38,18 @@ pub(super) struct Hold {
 pub(super) struct Held(watch::Receiver<()>);
 
 impl Holds {
+    /// Holds that keep machines from the other members of a fleet too.
+    pub(super) fn within(fleet: Option<Fleet>) -> Self {
+        Self { fleet, ..Self::default() }
+    }
+
     pub(super) fn take(&self, vm: VmId) -> Result<Hold, Held> {
         let mut held = self.lock();
         match held.get(&vm) {
             Some(sender) => Err(Held(sender.subscribe())),
             None => {
                 held.insert(vm, watch::Sender::new(()));
-                Ok(Hold { holds: self.clone(), vm })
+                Ok(Hold { holds: self.clone(), vm, _pin: self.fleet.as_ref().map(|fleet| fleet.pin(vm)) })
             }
         }
     }
@@ -47,7 +60,7 @@ impl Holds {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VmId, watch::Sender<()>>> {
         // The map is whole between any two of its operations, so a panic elsewhere does not spoil it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

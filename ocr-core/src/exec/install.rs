@@ -19,7 +19,7 @@ use super::{
     reboot::BootMark,
     record::{Record, Stage, Stored},
     remove::{Removal, Removed},
-    turns::{Slot, Turn, Verdict, gone},
+    turns::{Slot, Turn, Verdict, gone, is_elsewhere},
 };
 use crate::{Error, ErrorKind, ExecOutput, ExecRequest, PutFiles, Result, Retry, error::reason};
 
@@ -61,6 +61,8 @@ impl Inner {
     ) -> Result<Installed> {
         self.check_sizes(&plan)?;
         let _active = self.activate(record.id);
+        // For the reboot and the undoing too.
+        let _need = self.need(record.vm);
         let slot = Slot {
             vm: record.vm,
             what: format!("{} {}", record.kind(), record.id),
@@ -118,13 +120,11 @@ impl Inner {
         let _active = self.activate(record.id);
         let id = record.id;
         let recorded = match self.records.create(&record).await {
-            Ok(version) => {
-                let mut stored = Stored { record, version };
-                self.records
-                    .advance(&mut stored, Stage::Installed, STORE_PATIENCE)
-                    .await
-                    .map_err(|error| (stored, error))
-            }
+            Ok(mut stored) => self
+                .records
+                .advance(&mut stored, Stage::Installed, STORE_PATIENCE)
+                .await
+                .map_err(|error| (stored, error)),
             Err(error) => Err((Stored { record, version: crate::Version(0) }, error)),
         };
         if let Err((stored, error)) = recorded {
@@ -229,7 +229,25 @@ impl Job {
             // Set before the write: one whose answer is lost may have succeeded.
             self.begun.store(true, Ordering::Release);
             match inner.records.create(&self.record).await {
-                Ok(version) => self.stored = Some(Stored { record: self.record.clone(), version }),
+                Ok(stored) => self.stored = Some(stored),
+                Err(error) if is_elsewhere(&error) => {
+                    self.begun.store(false, Ordering::Release);
+                    return Turn::NotYet(error);
+                }
+                Err(error) => return Turn::Failed(error),
+            }
+        }
+        if let Some(stored) = &mut self.stored
+            && inner.records.is_of_another_session(&stored.record)
+        {
+            // The session ended under which it began. Another process may have taken it for abandoned and undone it; if
+            // not, the record now says that it is being worked on.
+            let stage = stored.record.stage;
+            match inner.records.advance(stored, stage, STORE_PATIENCE).await {
+                // What others undid meanwhile may have been assets of this one too.
+                Ok(()) if stage == Stage::Copying => self.written = 0,
+                Ok(()) => {}
+                Err(error) if is_elsewhere(&error) => return Turn::NotYet(error),
                 Err(error) => return Turn::Failed(error),
             }
         }
@@ -250,7 +268,7 @@ impl Job {
                 && stored.record.stage == Stage::Copying
                 && let Err(error) = inner.records.advance(stored, Stage::Acting, STORE_PATIENCE).await
             {
-                return Turn::Failed(error);
+                return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
             }
             // The same operation id in every turn: an action that ran while the agent was away is not run again.
             match inner.guest.exec(vm, action).await {

@@ -49,6 +49,7 @@
 //!     packages: Arc::new(LocalFolder::new("/srv/packages")),
 //!     scheduler: Scheduler::start(SchedulerConfig::default()),
 //!     secrets: SecretStorage::Memory,
+//!     fleet: None,
 //! };
 //! let executor = Executor::new(parts, Config::default());
 //! executor.recover().await?;
@@ -82,7 +83,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::secrets::SecretStorage;
 use self::{
-    condition::{Ended, Runner},
+    condition::{Ended, Runner, Runners},
     hold::Holds,
     plan::Plan,
     record::{Record, Records, Stage, Stored, StoredProbe},
@@ -92,11 +93,13 @@ use self::{
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
     credentials::{CredentialSink, Credentials},
+    fleet::{Fleet, Gone, Guarded, Listener},
     package::PackageSource,
     queue::scheduler::Scheduler,
 };
 
 mod condition;
+mod elsewhere;
 mod hold;
 mod install;
 mod output;
@@ -137,6 +140,9 @@ pub struct Parts {
     pub scheduler: Scheduler,
     /// What becomes of secrets that are needed again later.
     pub secrets: SecretStorage,
+    /// The other executors on this store, where there are any. The scheduler then is the fleet's gates, and begins
+    /// gated and without slots.
+    pub fleet: Option<Fleet>,
 }
 
 /// An executor's settings.
@@ -327,6 +333,7 @@ struct Inner {
     compute: Arc<dyn ComputeBackend>,
     packages: Arc<dyn PackageSource>,
     scheduler: Scheduler,
+    fleet: Option<Fleet>,
     records: Records,
     config: Config,
     holds: Holds,
@@ -334,7 +341,9 @@ struct Inner {
     credentials: Option<Arc<dyn CredentialSink>>,
     /// Installs that this process works on now; a recovery leaves them alone.
     active: Mutex<HashSet<InstallId>>,
-    runners: Mutex<HashMap<InstallId, Weak<Runner>>>,
+    runners: Mutex<Runners>,
+    /// Conditions that run here because they are watched through other processes.
+    followed: Mutex<HashMap<VmId, HashMap<InstallId, Option<Arc<Runner>>>>>,
     /// Owns every install and removal, so that none ends with its caller.
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -353,23 +362,34 @@ impl Executor {
     }
 
     fn build(parts: Parts, config: Config, credentials: Option<Arc<dyn CredentialSink>>) -> Self {
-        let Parts { guest, compute, store, packages, scheduler, secrets } = parts;
-        Self {
-            inner: Arc::new(Inner {
-                guest,
-                compute,
-                packages,
-                scheduler,
-                records: Records::new(store, secrets),
-                config,
-                holds: Holds::default(),
-                credentials,
-                active: Mutex::default(),
-                runners: Mutex::default(),
-                tasks: TaskTracker::new(),
-                closing: CancellationToken::new(),
-            }),
+        let Parts { guest, compute, store, packages, scheduler, secrets, fleet } = parts;
+        let (guest, compute): (Arc<dyn GuestExec>, Arc<dyn ComputeBackend>) = match &fleet {
+            Some(fleet) => {
+                (Arc::new(Guarded::new(fleet.clone(), guest)), Arc::new(Guarded::new(fleet.clone(), compute)))
+            }
+            None => (guest, compute),
+        };
+        let inner = Arc::new(Inner {
+            guest,
+            compute,
+            packages,
+            scheduler,
+            records: Records::new(store, secrets, fleet.clone()),
+            config,
+            holds: Holds::within(fleet.clone()),
+            credentials,
+            active: Mutex::default(),
+            runners: Mutex::default(),
+            followed: Mutex::default(),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            fleet,
+        });
+        if let Some(fleet) = &inner.fleet {
+            let listener: Weak<dyn Listener> = Arc::downgrade(&inner) as Weak<dyn Listener>;
+            fleet.attach(listener);
         }
+        Self { inner }
     }
 
     /// Copies a package's assets into the machine and runs its action; with `restarts`, reboots the machine then.
@@ -504,8 +524,8 @@ impl Executor {
     /// Undoes installs and finishes removals that a killed server left, and forgets machines that are gone.
     ///
     /// Never waits for a guest that does not answer: what it has is kept for the next recovery. Repeats change nothing.
-    /// The installs that are under way in this executor are left alone; those of another executor on the same store
-    /// are not told from abandoned ones.
+    /// The installs that are under way in this executor are left alone; with a fleet, so are those of its other members
+    /// while they live. A member that died counts as living until its session has run out: the next recovery sees to it.
     ///
     /// # Errors
     /// Those of the store.
@@ -520,6 +540,7 @@ impl Executor {
         let inner = &self.inner;
         inner.closing.cancel();
         inner.end_watches(None, Ended::ShuttingDown);
+        drop(std::mem::take(&mut *lock(&inner.followed)));
         inner.tasks.close();
         // What is still under way is counted below; there is nothing else to do about it.
         let _ = tokio::time::timeout(grace, inner.tasks.wait()).await;
@@ -570,7 +591,8 @@ impl Inner {
         if stored.record.kind() != kind {
             return Err(Error::invalid("id", format_args!("wants a {kind}; {id} is a {}", stored.record.kind())));
         }
-        if self.is_active(id) {
+        let begun = matches!(stored.record.stage, Stage::Copying | Stage::Acting);
+        if self.is_active(id) || begun && self.is_worked_on_elsewhere(&stored.record).await? {
             return Err(Error::new(ErrorKind::Conflict, "it is still being installed").with_retry(Retry::Safe));
         }
         let removed = if stored.record.touches_guest() {
@@ -596,6 +618,9 @@ impl Inner {
                 Removed::Done | Removed::Absent | Removed::Kept => Ended::Removed,
             },
         );
+        if let Some(fleet) = &self.fleet {
+            fleet.announce(Gone::Install(id));
+        }
         tracing::info!(%id, vm = %stored.record.vm, %kind, ?removed, "removed");
         Ok(match removed {
             Removed::Absent => Deletion::AlreadyGone,

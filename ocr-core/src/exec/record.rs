@@ -12,12 +12,14 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Deletion, Error, ErrorKind, InstallId, Key, Precondition, Result, Retry, StateStore, Version, Versioned, VmId,
+    Deletion, Error, ErrorKind, InstallId, Key, MemberId, Precondition, Result, Retry, StateStore, Version, Versioned,
+    VmId,
     error::reason,
     exec::{
         InstallKind, InstallRecord, SecretStorage,
         secrets::{Kept, Place, Secrets},
     },
+    fleet::Fleet,
     state::{MAX_PAGE, MAX_VALUE_BYTES},
 };
 
@@ -64,6 +66,9 @@ pub(super) struct Record {
     pub(super) name: String,
     pub(super) vm: VmId,
     pub(super) stage: Stage,
+    /// Which member of the fleet works on it, unless it is installed: others leave it alone while that one lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) member: Option<MemberId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) package: Option<StoredPackage>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -168,6 +173,7 @@ impl fmt::Debug for Record {
             .field("name", &self.name)
             .field("vm", &self.vm)
             .field("stage", &self.stage)
+            .field("member", &self.member)
             .field("package", &self.package)
             .field("assets", &self.assets)
             .field("user", &self.user)
@@ -188,6 +194,7 @@ impl Record {
             name,
             vm,
             stage: Stage::Copying,
+            member: None,
             package: None,
             assets: Vec::new(),
             user: None,
@@ -252,11 +259,25 @@ pub(super) struct Stored {
 pub(super) struct Records {
     store: Arc<dyn StateStore>,
     secrets: Place,
+    fleet: Option<Fleet>,
 }
 
 impl Records {
-    pub(super) fn new(store: Arc<dyn StateStore>, secrets: SecretStorage) -> Self {
-        Self { store, secrets: Place::new(secrets) }
+    pub(super) fn new(store: Arc<dyn StateStore>, secrets: SecretStorage, fleet: Option<Fleet>) -> Self {
+        Self { store, secrets: Place::new(secrets), fleet }
+    }
+
+    /// Who works on a record that is at this stage from now on: this process.
+    fn worker(&self, stage: Stage) -> Result<Option<MemberId>> {
+        match &self.fleet {
+            Some(fleet) if stage != Stage::Installed => fleet.require_member().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the session ended under which this record's work began.
+    pub(super) fn is_of_another_session(&self, record: &Record) -> bool {
+        self.fleet.as_ref().is_some_and(|fleet| record.member != fleet.member())
     }
 
     /// Checks that a record's secrets may be kept, before anything is done for it.
@@ -299,11 +320,12 @@ impl Records {
     }
 
     /// Writes a new record.
-    pub(super) async fn create(&self, record: &Record) -> Result<Version> {
+    pub(super) async fn create(&self, record: &Record) -> Result<Stored> {
         let key = key(record.id)?;
-        let version = self.put(&key, self.write(&key, record)?, Precondition::Absent).await?;
+        let record = Record { member: self.worker(record.stage)?, ..record.clone() };
+        let version = self.put(&key, self.write(&key, &record)?, Precondition::Absent).await?;
         self.put(&index_key(record.vm, record.id)?, Bytes::new(), Precondition::Any).await?;
-        Ok(version)
+        Ok(Stored { record, version })
     }
 
     pub(super) async fn get(&self, id: InstallId) -> Result<Option<Stored>> {
@@ -319,7 +341,7 @@ impl Records {
     /// A write whose outcome is unknown is looked up, and repeated until `deadline`: it must not be that the guest is
     /// ahead of the store for a hiccup of the store.
     pub(super) async fn advance(&self, stored: &mut Stored, stage: Stage, deadline: Duration) -> Result<()> {
-        let next = Record { stage, ..stored.record.clone() };
+        let next = Record { stage, member: self.worker(stage)?, ..stored.record.clone() };
         let key = key(next.id)?;
         let ends = tokio::time::Instant::now() + deadline;
         let mut pause = Duration::from_millis(20);
@@ -457,7 +479,7 @@ mod tests {
 
     fn records() -> Records {
         let sealer = Sealer::new(vec![SealKey::generate()]).unwrap();
-        Records::new(Arc::new(MemoryState::new()), SecretStorage::Sealed(Arc::new(sealer)))
+        Records::new(Arc::new(MemoryState::new()), SecretStorage::Sealed(Arc::new(sealer)), None)
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::{
     hold::Hold,
     install::{STORE_PATIENCE, command_failed},
     record::{Record, Stage, StoredAsset},
-    turns::{Slot, Turn, Verdict},
+    turns::{Slot, Turn, Verdict, is_elsewhere},
 };
 use crate::{Error, ErrorKind, ExecRequest, InstallId, OperationId, RemoveFiles, Result, Retry, VmId, error::reason};
 
@@ -107,7 +107,7 @@ impl Removal {
         if stored.record.stage == Stage::Installed
             && let Err(error) = inner.records.advance(&mut stored, Stage::Removing, STORE_PATIENCE).await
         {
-            return Turn::Failed(error);
+            return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
         }
         if stored.record.stage == Stage::Removing
             && !self.deleted
@@ -246,11 +246,16 @@ impl Inner {
         let others = self.records.of_vm(record.vm).await?;
         Ok(others
             .into_iter()
-            .filter(|other| other.record.id != record.id && other.record.stage == Stage::Installed)
+            .filter(|other| other.record.id != record.id && has_assets(other.record.stage))
             .flat_map(|other| other.record.assets)
             .map(|asset| asset.path)
             .collect())
     }
+}
+
+/// Whether an install's assets are all there, and wanted. One that still copies writes its own again if need be.
+fn has_assets(stage: Stage) -> bool {
+    matches!(stage, Stage::Acting | Stage::Installed)
 }
 
 /// Lower-case hex.

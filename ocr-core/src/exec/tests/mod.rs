@@ -151,6 +151,7 @@ fn start_with(
         store: Arc::new(store.clone()),
         packages: shelf.clone(),
         scheduler: scheduler.clone(),
+        fleet: None,
         secrets,
     };
     (scheduler.clone(), Executor::new(parts, config()))

@@ -121,7 +121,7 @@ async fn a_removal_that_was_killed_is_finished() {
         .put(feature("web").asset("/srv/a", 0o644, "a").asset("/srv/b", 0o644, "b").delete("echo x >> /root/deletes"));
     let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
     // The record says that a removal began, and one asset is gone.
-    let records = Records::new(Arc::new(rig.store.clone()), sealed());
+    let records = Records::new(Arc::new(rig.store.clone()), sealed(), None);
     let mut stored = records.get(id).await.unwrap().unwrap();
     records.advance(&mut stored, Stage::Removing, seconds(1)).await.unwrap();
     rig.cloud.shell(rig.vm, "rm /srv/b").await.unwrap();
@@ -177,7 +177,7 @@ async fn leftover(rig: &Rig, stage: Stage, path: &str, content: &str) -> Install
         bytes: content.len() as u64,
         sha256: crate::exec::remove::hex(&Sha256::digest(content)),
     }];
-    Records::new(Arc::new(rig.store.clone()), sealed()).create(&record).await.unwrap();
+    Records::new(Arc::new(rig.store.clone()), sealed(), None).create(&record).await.unwrap();
     record.id
 }
 
