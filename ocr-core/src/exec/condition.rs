@@ -5,13 +5,14 @@ use std::{
     time::Duration,
 };
 
-use futures::{FutureExt, stream};
-use tokio::{sync::watch, time::Instant};
+use futures::FutureExt;
+use tokio::time::Instant;
 
 use super::{
-    ConditionStatus, ConditionStream, ConditionValue, Inner, InstallKind, lock,
+    ConditionStatus, ConditionStream, Inner, InstallKind, lock,
     output::cut_for_error,
     record::{Record, Stage},
+    stream::Channel,
     turns::gone,
     value::parse_value,
 };
@@ -44,15 +45,8 @@ struct Shared {
     line: String,
     interval: Duration,
     deadline: Duration,
-    signal: watch::Sender<Signal>,
+    channel: Channel,
     status: Mutex<Status>,
-}
-
-/// The latest, for all streams.
-#[derive(Clone, Copy, Debug, Default)]
-struct Signal {
-    value: Option<ConditionValue>,
-    ended: Option<Ended>,
 }
 
 /// Why a watch ends.
@@ -93,25 +87,10 @@ impl Inner {
     pub(super) async fn watch(self: &Arc<Self>, id: InstallId) -> Result<ConditionStream> {
         let record = self.condition(id).await?;
         let runner = self.runner(record)?;
-        let values = runner.shared.signal.subscribe();
+        let stream = ConditionStream::new(runner);
         // A removal drops the record first and ends the runner then, so one of both is seen here.
         self.condition(id).await?;
-        Ok(Box::pin(stream::unfold(Some((runner, values)), |state| async move {
-            let (runner, mut values) = state?;
-            loop {
-                // The end is looked for before the wait: it may have come before this stream was there.
-                let ended = values.borrow().ended;
-                if let Some(ended) = ended {
-                    return Some((Err(runner.shared.end_error(ended)), None));
-                }
-                // The sender is in the runner, and the runner in this very stream, so it is never closed.
-                values.changed().await.ok()?;
-                let signal = *values.borrow_and_update();
-                if let (Some(value), None) = (signal.value, signal.ended) {
-                    return Some((Ok(value), Some((runner, values))));
-                }
-            }
-        })))
+        Ok(stream)
     }
 
     async fn condition(&self, id: InstallId) -> Result<Record> {
@@ -142,7 +121,7 @@ impl Inner {
             line: probe.line,
             interval,
             deadline: self.config.action_deadline,
-            signal: watch::Sender::new(Signal::default()),
+            channel: Channel::default(),
             status: Mutex::default(),
             record,
         });
@@ -251,9 +230,19 @@ impl Runner {
     fn end(&self, ended: Ended) {
         // Its queued run leaves the queue with it.
         drop(lock(&self.periodic).take());
-        self.shared.signal.send_modify(|signal| {
-            signal.ended.get_or_insert(ended);
-        });
+        self.shared.channel.end(ended);
+    }
+
+    pub(super) fn id(&self) -> InstallId {
+        self.shared.record.id
+    }
+
+    pub(super) fn channel(&self) -> &Channel {
+        &self.shared.channel
+    }
+
+    pub(super) fn end_error(&self, ended: Ended) -> Error {
+        self.shared.end_error(ended)
     }
 }
 
@@ -295,7 +284,7 @@ impl Shared {
                 tracing::info!(%id, %vm, value, "a condition gives values again");
             }
         }
-        self.signal.send_modify(|signal| signal.value = Some(ConditionValue { condition: id, value, lateness }));
+        self.channel.publish(value, lateness);
     }
 
     fn fail(&self, fault: Fault) {
@@ -316,7 +305,7 @@ impl Shared {
             name: self.record.name.clone(),
             vm: self.record.vm,
             interval: self.interval,
-            watchers: self.signal.receiver_count(),
+            watchers: self.channel.streams(),
             runs: status.runs,
             last_value: status.value.map(|(value, _)| value),
             last_value_age: status.value.map(|(_, at)| at.elapsed()),

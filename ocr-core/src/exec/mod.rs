@@ -68,12 +68,10 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
     future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use futures::Stream;
 use secrecy::SecretString;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -99,11 +97,14 @@ mod record;
 mod recover;
 mod remove;
 mod request;
+mod stream;
 mod turns;
 mod value;
 
 #[cfg(test)]
 mod tests;
+
+pub use self::stream::ConditionStream;
 
 /// How long a package may take to be fetched.
 const FETCH_DEADLINE: Duration = Duration::from_secs(600);
@@ -252,9 +253,6 @@ pub struct ConditionValue {
     /// How much later than planned the run began.
     pub lateness: Duration,
 }
-
-/// Values of one condition until it or its machine is gone (`NotFound`). Dropping it frees its place at once.
-pub type ConditionStream = Pin<Box<dyn Stream<Item = Result<ConditionValue>> + Send>>;
 
 /// What is installed, as the store knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
