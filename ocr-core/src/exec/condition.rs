@@ -1,6 +1,8 @@
 //! Runs conditions while somebody watches, and streams their values.
 
 use std::{
+    collections::BTreeMap,
+    fmt,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
@@ -41,12 +43,21 @@ pub(super) struct Runner {
 /// What a runner and its runs share. A run may outlive the runner.
 #[derive(Debug)]
 struct Shared {
-    record: Record,
-    line: String,
+    record: Kept,
+    line: Box<str>,
     interval: Duration,
     deadline: Duration,
     channel: Channel,
     status: Mutex<Status>,
+}
+
+/// What runs need of a record. There may be tens of thousands, so it is no more than that.
+struct Kept {
+    id: InstallId,
+    vm: VmId,
+    name: Box<str>,
+    user: Option<Box<str>>,
+    environment: BTreeMap<String, String>,
 }
 
 /// Why a watch ends.
@@ -61,7 +72,8 @@ pub(super) enum Ended {
 struct Status {
     runs: u64,
     value: Option<(f32, Instant)>,
-    fault: Option<Fault>,
+    /// Boxed: most have none.
+    fault: Option<Box<Fault>>,
     faults: u64,
     lateness: Duration,
 }
@@ -113,17 +125,18 @@ impl Inner {
         if let Some(runner) = runners.get(&record.id).and_then(Weak::upgrade) {
             return Ok(runner);
         }
-        let Some(probe) = record.probe.clone() else {
-            return Err(Error::internal("a condition without a command").on(format!("condition {}", record.id)));
+        let Record { id, vm, name, user, environment, probe, .. } = record;
+        let Some(probe) = probe else {
+            return Err(Error::internal("a condition without a command").on(format!("condition {id}")));
         };
-        let (id, vm, interval) = (record.id, record.vm, probe.interval());
+        let interval = probe.interval();
         let shared = Arc::new(Shared {
-            line: probe.line,
+            line: probe.line.into(),
             interval,
             deadline: self.config.action_deadline,
             channel: Channel::default(),
             status: Mutex::default(),
-            record,
+            record: Kept { id, vm, name: name.into(), user: user.map(Into::into), environment },
         });
         let periodic = {
             let (inner, shared) = (Arc::downgrade(self), shared.clone());
@@ -257,14 +270,20 @@ impl Drop for Runner {
     }
 }
 
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kept").field("id", &self.id).field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
 impl Shared {
     fn request(&self, guest: &GuestCapabilities) -> ExecRequest {
         ExecRequest {
-            user: self.record.user.clone(),
+            user: self.record.user.as_deref().map(str::to_owned),
             environment: self.record.environment.clone(),
             deadline: self.deadline,
             output_limit_bytes: FETCHED_BYTES.min(guest.max_output_bytes),
-            ..ExecRequest::shell(self.line.clone())
+            ..ExecRequest::shell(&*self.line)
         }
     }
 
@@ -295,14 +314,14 @@ impl Shared {
             // Not the text: it may repeat what the guest wrote.
             tracing::warn!(%id, %vm, fault = ?fault.class, "a condition gives no value");
         }
-        status.fault = Some(fault);
+        status.fault = Some(Box::new(fault));
     }
 
     fn public(&self) -> ConditionStatus {
         let status = lock(&self.status);
         ConditionStatus {
             id: self.record.id,
-            name: self.record.name.clone(),
+            name: self.record.name.to_string(),
             vm: self.record.vm,
             interval: self.interval,
             watchers: self.channel.streams(),
