@@ -214,7 +214,7 @@ fn dispatch() {
 
 /// The policy alone: one operation ends, the next one starts, and all others are ready.
 fn policy_ns(ops: usize) -> f64 {
-    let mut queue = FairQueue::new(Limits { max_running: SLOTS, max_per_vm: PER_VM, max_total: ops });
+    let mut queue = FairQueue::new(Limits { max_running: SLOTS, max_per_vm: PER_VM, max_total: ops }, false);
     for number in 0..ops {
         if queue.submit_every(vm(number % (ops / PER_VM)), 1, 0).is_err() {
             panic!("the queue has room for {ops}");

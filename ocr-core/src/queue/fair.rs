@@ -14,6 +14,10 @@
 //!   least one, until an operation of theirs ends in time.
 //! - A periodic operation keeps a fixed grid of planned times. Ticks that pass while it waits or runs are skipped
 //!   and counted; it never has more than one run pending.
+//! - Nothing starts on a machine whose gate is closed. What is submitted there, and periodic operations whose tick
+//!   comes, wait and cost no slot. When the gate opens, each has one run pending, planned for the latest tick that
+//!   passed; the ticks before are skipped and counted.
+//! - The limit may change at any time, to 0 too. Lowering it stops nothing: nothing starts until fewer run.
 //!
 //! # How
 //! Start-time fair queueing (Goyal, Vin and Cheng, 1996) in two classes. A re-run carries a virtual start tag, which
@@ -38,7 +42,7 @@
 
 use std::{
     cmp::{Ordering, Reverse},
-    collections::{BinaryHeap, HashMap, VecDeque},
+    collections::{BTreeSet, BinaryHeap, HashMap, VecDeque},
 };
 
 use crate::VmId;
@@ -58,7 +62,7 @@ const DEAD_ALLOWED: usize = 32;
 /// How much a [`FairQueue`] takes and runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Operations that run at once, at least 1.
+    /// Operations that run at once. With 0 nothing starts.
     pub max_running: usize,
     /// Operations that one machine may hold besides the one that runs.
     pub max_per_vm: usize,
@@ -96,6 +100,8 @@ pub struct Start {
     pub op: OpId,
     /// Its machine.
     pub vm: VmId,
+    /// A small number that no other machine has while this one has operations, for a table beside the queue.
+    pub vm_index: usize,
     /// How many runs came before this one.
     pub run: u64,
     /// When it was to run.
@@ -122,6 +128,16 @@ pub enum Cancelled {
     Running,
     /// It was gone already.
     Unknown,
+}
+
+/// What a gate's keeper wants to know of a machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateEvent {
+    /// Its gate is closed, and an operation is ready there.
+    Wanted(VmId),
+    /// It has no operations left: none that is ready, none that waits for its tick, none that runs. Told of machines
+    /// whose gate is open where machines start with it closed, and of those that were told as wanted.
+    Idle(VmId),
 }
 
 /// What the queue did so far, and what it holds now.
@@ -162,12 +178,16 @@ pub struct Counters {
 pub struct VmLoad {
     /// The machine.
     pub vm: VmId,
+    /// As [`Start::vm_index`].
+    pub index: usize,
     /// Its operations that are ready and wait.
     pub ready: usize,
     /// Its operations in all: ready, waiting for their tick, or running.
     pub operations: usize,
-    /// Whether one of them runs.
-    pub busy: bool,
+    /// The one of them that runs, and since when.
+    pub running: Option<(OpId, u64)>,
+    /// Whether its gate is open.
+    pub open: bool,
     /// Whether its last operation hung.
     pub on_probation: bool,
 }
@@ -198,6 +218,10 @@ pub struct FairQueue {
     first_in_a_row: u8,
     /// Operations of healthy machines started in a row; only one slot needs it.
     healthy_in_a_row: u8,
+    /// Whether machines start with their gate closed.
+    gated: bool,
+    /// Machines of which there is something to tell, when somebody listens.
+    to_tell: Option<BTreeSet<u32>>,
     counters: Counters,
 }
 
@@ -240,7 +264,13 @@ struct Op {
 struct Vm {
     id: VmId,
     operations: u32,
-    busy: bool,
+    /// What runs, and since when.
+    running: Option<(OpId, u64)>,
+    open: bool,
+    /// The last that was told of it, while it holds.
+    told: Option<News>,
+    /// It was told as wanted, and neither opened nor told as idle since.
+    asked_for: bool,
     on_probation: bool,
     remembered: bool,
     /// First runs started in a row though a re-run was ready here.
@@ -253,6 +283,12 @@ struct Vm {
     /// all its operations alike are forgiven what they missed.
     offset_us: u64,
     lanes: [Lane; 2],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum News {
+    Wanted,
+    Idle,
 }
 
 /// The ready operations of one machine and one class.
@@ -296,12 +332,11 @@ struct Heads {
 }
 
 impl FairQueue {
-    /// An empty queue.
-    pub fn new(limits: Limits) -> Self {
-        let max_running = limits.max_running.max(1);
+    /// An empty queue. Where it is `gated`, machines start with their gate closed.
+    pub fn new(limits: Limits, gated: bool) -> Self {
         let max_total = limits.max_total.min(u32::MAX as usize);
         Self {
-            limits: Limits { max_running, max_total, ..limits },
+            limits: Limits { max_total, ..limits },
             ops: Vec::new(),
             free_ops: Vec::new(),
             vms: Vec::new(),
@@ -318,6 +353,8 @@ impl FairQueue {
             running_first: 0,
             first_in_a_row: 0,
             healthy_in_a_row: 0,
+            gated,
+            to_tell: None,
             counters: Counters::default(),
         }
     }
@@ -378,7 +415,7 @@ impl FairQueue {
 
     /// Starts the operation whose turn it is: takes a slot and its machine. `None` when there is none, or no slot.
     pub fn start_next(&mut self, now_us: u64) -> Option<Start> {
-        if self.counters.running == self.limits.max_running {
+        if self.counters.running >= self.limits.max_running {
             return None;
         }
         let first = self.first_of(Class::First);
@@ -427,7 +464,7 @@ impl FairQueue {
         self.counters.on_probation += usize::from(hung);
         self.counters.on_probation -= usize::from(vm.on_probation);
         vm.on_probation = hung;
-        vm.busy = false;
+        vm.running = None;
         let finished = if cancelled || op.interval_us == 0 {
             self.remove(id);
             Finished::Gone
@@ -436,6 +473,7 @@ impl FairQueue {
             Finished::Again
         };
         self.list_heads(vm_index);
+        self.note(vm_index);
         self.forget_if_unused(vm_index);
         finished
     }
@@ -471,8 +509,98 @@ impl FairQueue {
             }
         }
         self.counters.cancelled += 1;
+        self.note(vm_index);
         self.forget_if_unused(vm_index);
         Cancelled::Removed
+    }
+
+    /// Changes how many operations run at once.
+    pub fn set_max_running(&mut self, max_running: usize) {
+        self.limits.max_running = max_running;
+    }
+
+    /// Opens a machine's gate. It stays so, with or without operations, until [`FairQueue::close`].
+    pub fn open(&mut self, vm: VmId, now_us: u64) {
+        let vm_index = match self.by_id.get(&vm) {
+            Some(&index) => index,
+            None if self.gated => self.add_vm(vm),
+            None => return,
+        };
+        let vm = &mut self.vms[vm_index as usize];
+        if vm.open {
+            return;
+        }
+        vm.open = true;
+        vm.asked_for = false;
+        for entry in vm.lanes[Class::Again as usize].heap.iter() {
+            let op = &mut self.ops[entry.item.index()];
+            if op.generation == entry.item.generation {
+                self.counters.skipped_ticks += op.skip(now_us);
+            }
+        }
+        self.list_heads(vm_index);
+        self.note(vm_index);
+        self.forget_if_unused(vm_index);
+    }
+
+    /// Closes a machine's gate: nothing starts there. What runs is let finish; whether something does is returned.
+    pub fn close(&mut self, vm: VmId) -> bool {
+        let vm_index = match self.by_id.get(&vm) {
+            Some(&index) => index,
+            None if self.gated => return false,
+            None => self.add_vm(vm),
+        };
+        self.shut(vm_index)
+    }
+
+    /// Closes all gates, also those of machines that are yet to come.
+    pub fn close_all(&mut self) {
+        self.gated = true;
+        let all: Vec<VmId> = self.by_id.keys().copied().collect();
+        for vm in all {
+            self.close(vm);
+        }
+    }
+
+    /// Begins to collect events. All that is so now is told, whether or not it was told before.
+    pub fn listen(&mut self) {
+        self.to_tell = Some(BTreeSet::new());
+        let all: Vec<u32> = self.by_id.values().copied().collect();
+        for vm_index in all {
+            self.vms[vm_index as usize].told = None;
+            self.note(vm_index);
+        }
+    }
+
+    /// Whether there is an event to tell.
+    pub fn has_event(&self) -> bool {
+        self.to_tell.as_ref().is_some_and(|to_tell| !to_tell.is_empty())
+    }
+
+    /// The next event. It is so at this moment: what has passed since it was noted is not told. Each is told once,
+    /// until it changes; so at most one for each machine waits.
+    pub fn next_event(&mut self) -> Option<GateEvent> {
+        while let Some(vm_index) = self.to_tell.as_mut()?.pop_first() {
+            let vm = &mut self.vms[vm_index as usize];
+            let news = vm.news(self.gated);
+            let event = match news {
+                Some(News::Wanted) => {
+                    vm.asked_for = true;
+                    Some(GateEvent::Wanted(vm.id))
+                }
+                Some(News::Idle) => {
+                    vm.asked_for = false;
+                    Some(GateEvent::Idle(vm.id))
+                }
+                None => None,
+            };
+            vm.told = vm.news(self.gated);
+            self.forget_if_unused(vm_index);
+            if event.is_some() {
+                return event;
+            }
+        }
+        None
     }
 
     /// The machine of an operation that is in the queue.
@@ -492,19 +620,26 @@ impl FairQueue {
             let vm = &self.vms[index as usize];
             VmLoad {
                 vm: vm.id,
+                index: index as usize,
                 ready: vm.lanes.iter().map(Lane::len).sum(),
                 operations: vm.operations as usize,
-                busy: vm.busy,
+                running: vm.running,
+                open: vm.open,
                 on_probation: vm.on_probation,
             }
         })
+    }
+
+    /// What runs on a machine, and since when.
+    pub fn running_on(&self, vm: VmId) -> Option<(OpId, u64)> {
+        self.vms[*self.by_id.get(&vm)? as usize].running
     }
 
     fn submit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
         let known = self.by_id.get(&vm).copied();
         let held = known.map_or(0, |index| {
             let vm = &self.vms[index as usize];
-            vm.operations as usize - usize::from(vm.busy)
+            vm.operations as usize - usize::from(vm.running.is_some())
         });
         let full = if held >= self.limits.max_per_vm {
             Some(Full::Vm)
@@ -574,13 +709,20 @@ impl FairQueue {
                 self.counters.started_again += 1;
             }
         }
-        vm.busy = true;
+        vm.running = Some((id, now_us));
         self.healthy_in_a_row = if vm.on_probation { 0 } else { self.healthy_in_a_row.saturating_add(1) };
         self.counters.ready -= 1;
         self.counters.running += 1;
         self.counters.running_on_probation += usize::from(vm.on_probation);
         self.counters.peak_running = self.counters.peak_running.max(self.counters.running);
-        let start = Start { op: id, vm: vm.id, run: op.runs, planned_us: op.due_us, skipped: op.skipped };
+        let start = Start {
+            op: id,
+            vm: vm.id,
+            vm_index: listing.item.vm as usize,
+            run: op.runs,
+            planned_us: op.due_us,
+            skipped: op.skipped,
+        };
         self.list_heads(listing.item.vm);
         Some(start)
     }
@@ -603,11 +745,7 @@ impl FairQueue {
             op.tag = vm.virtual_us.saturating_add(op.interval_us / 2 + phase_us);
         } else {
             op.due_us = op.due_us.saturating_add(op.interval_us);
-            if let Some(late_us) = now_us.checked_sub(op.due_us) {
-                op.skipped = late_us / op.interval_us;
-                op.due_us += op.skipped * op.interval_us;
-                self.counters.skipped_ticks += op.skipped;
-            }
+            self.counters.skipped_ticks += op.skip(now_us);
         }
         if op.due_us <= now_us {
             self.make_ready(id, Class::Again);
@@ -631,9 +769,36 @@ impl FairQueue {
         vm.lanes[class as usize].heap.push(Entry { key: Key { tag: op.tag, seq: self.seq }, item: id });
         self.counters.ready += 1;
         self.list_heads(vm_index);
+        self.note(vm_index);
     }
 
-    /// Makes the lists of heads say what this machine offers now: nothing while it is busy.
+    fn shut(&mut self, vm_index: u32) -> bool {
+        let vm = &mut self.vms[vm_index as usize];
+        vm.open = false;
+        let busy = vm.running.is_some();
+        self.list_heads(vm_index);
+        self.note(vm_index);
+        self.forget_if_unused(vm_index);
+        busy
+    }
+
+    /// Notes what there is to tell of a machine, or that there is nothing any more.
+    fn note(&mut self, vm_index: u32) {
+        let Some(to_tell) = &mut self.to_tell else { return };
+        let vm = &mut self.vms[vm_index as usize];
+        let news = vm.news(self.gated);
+        let is_new = news.is_some() && news != vm.told;
+        if news != vm.told {
+            vm.told = None;
+        }
+        if is_new {
+            to_tell.insert(vm_index);
+        } else {
+            to_tell.remove(&vm_index);
+        }
+    }
+
+    /// Makes the lists of heads say what this machine offers now: nothing while it is busy or its gate is closed.
     fn list_heads(&mut self, vm_index: u32) {
         let vm = &mut self.vms[vm_index as usize];
         let held_back = vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
@@ -641,7 +806,7 @@ impl FairQueue {
         for class in Class::BOTH {
             let lane = &mut vm.lanes[class as usize];
             let head = match lane.heap.peek() {
-                _ if vm.busy || class == Class::First && held_back => None,
+                _ if vm.running.is_some() || !vm.open || class == Class::First && held_back => None,
                 head => head.copied(),
             };
             if lane.listed.map(|listing| listing.key.seq) == head.map(|head| head.key.seq) {
@@ -712,7 +877,10 @@ impl FairQueue {
         let vm = Vm {
             id,
             operations: 0,
-            busy: false,
+            running: None,
+            open: !self.gated,
+            told: None,
+            asked_for: false,
             on_probation: false,
             remembered: false,
             first_in_a_row: 0,
@@ -735,10 +903,11 @@ impl FairQueue {
         index
     }
 
-    /// Drops a machine without operations. One that hung is remembered: its next operation may hang too.
+    /// Drops a machine without operations, whose gate is as that of any other. One that hung is remembered: its next
+    /// operation may hang too.
     fn forget_if_unused(&mut self, vm_index: u32) {
         let vm = &mut self.vms[vm_index as usize];
-        if vm.operations > 0 || vm.remembered {
+        if vm.operations > 0 || vm.remembered || vm.is_kept(self.gated) {
             return;
         }
         if !vm.on_probation {
@@ -753,7 +922,7 @@ impl FairQueue {
         if let Some(oldest) = self.remembered.pop_front() {
             let vm = &mut self.vms[oldest as usize];
             vm.remembered = false;
-            if vm.operations == 0 {
+            if vm.operations == 0 && !vm.is_kept(self.gated) {
                 self.counters.on_probation -= usize::from(vm.on_probation);
                 self.drop_vm(oldest);
             }
@@ -785,10 +954,36 @@ impl FairQueue {
     }
 }
 
+impl Op {
+    /// Moves the planned time to the latest tick that has passed. Returns how many were skipped.
+    fn skip(&mut self, now_us: u64) -> u64 {
+        let Some(late_us) = now_us.checked_sub(self.due_us) else { return 0 };
+        let skipped = late_us / self.interval_us;
+        self.due_us += skipped * self.interval_us;
+        self.skipped += skipped;
+        skipped
+    }
+}
+
 impl Vm {
+    /// Its gate is not as that of any other, or there is something to tell of it.
+    fn is_kept(&self, gated: bool) -> bool {
+        self.open == gated || self.asked_for
+    }
+
+    fn news(&self, gated: bool) -> Option<News> {
+        if !self.open && self.lanes.iter().any(|lane| lane.len() > 0) {
+            Some(News::Wanted)
+        } else if self.operations == 0 && (self.open && gated || self.asked_for) {
+            Some(News::Idle)
+        } else {
+            None
+        }
+    }
+
     /// A machine on which nothing waits is served in full: its virtual clock is the queue's.
     fn catch_up(&mut self, virtual_us: u64) {
-        if !self.busy && self.lanes[Class::Again as usize].len() == 0 {
+        if self.running.is_none() && self.lanes[Class::Again as usize].len() == 0 {
             self.virtual_us = self.virtual_us.max(virtual_us.saturating_sub(self.offset_us));
         }
     }

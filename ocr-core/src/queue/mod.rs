@@ -6,6 +6,8 @@ pub mod fair;
 mod lateness;
 pub mod scheduler;
 
+pub use fair::GateEvent;
 pub use scheduler::{
-    LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig, Tick, VmQueue,
+    GateEvents, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig,
+    Tick, VmQueue,
 };

@@ -5,11 +5,16 @@
 //! one wakes the next while there is more. One more task sleeps until the next tick is due, and only while a worker is
 //! parked: busy workers look at the time themselves.
 //!
+//! A machine's gate may be closed ([`Scheduler::close`]): nothing starts there until it is opened. So several processes
+//! share machines: the one that owns a machine opens it. [`Scheduler::gate_events`] tells who wants one, and
+//! [`Scheduler::resize`] changes how many run at once.
+//!
 //! The lock is never held while an operation is polled or dropped, so an operation may use the scheduler that runs it.
 //! (But one that keeps a [`Scheduler`] or [`Periodic`] of its own scheduler for ever keeps that alive for ever.)
 
 use std::{
     any::Any,
+    collections::HashMap,
     fmt,
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
@@ -29,7 +34,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use super::{
-    fair::{Cancelled, Counters, FairQueue, Finished, Full, Limits, OpId, Start},
+    fair::{Cancelled, Counters, FairQueue, Finished, Full, GateEvent, Limits, OpId, Start},
     lateness::Lateness,
 };
 use crate::{Error, ErrorKind, Result, Retry, VmId, error::reason};
@@ -52,17 +57,20 @@ const NEVER_US: u64 = u64::MAX;
 /// A scheduler's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchedulerConfig {
-    /// How many operations run at once, on all machines together: 1 to [`MAX_CONNECTIONS`], taken to the nearest.
+    /// How many operations run at once, on all machines together: at most [`MAX_CONNECTIONS`]. [`Scheduler::resize`]
+    /// changes it; with 0 nothing runs until then.
     pub max_connections: usize,
     /// How many operations one machine may have besides the one that runs: one-shots that wait, and periodic ones.
     pub max_queued_per_vm: usize,
     /// How many operations there may be in all.
     pub max_queued: usize,
+    /// Whether machines start with their gate closed: then nothing runs on one before [`Scheduler::open`].
+    pub gated: bool,
 }
 
 impl Default for SchedulerConfig {
     fn default() -> Self {
-        Self { max_connections: 50, max_queued_per_vm: 1000, max_queued: 1_000_000 }
+        Self { max_connections: 50, max_queued_per_vm: 1000, max_queued: 1_000_000, gated: false }
     }
 }
 
@@ -118,12 +126,18 @@ pub struct Tick {
     pub skipped: u64,
 }
 
+/// What happens at the gates of a scheduler's machines. See [`Scheduler::gate_events`].
+pub struct GateEvents {
+    shared: Arc<Shared>,
+    listener: u64,
+}
+
 /// What a scheduler holds at one instant.
 #[derive(Clone, Debug)]
 pub struct QueueSnapshot {
     /// How many operations are ready and wait for a slot or for their machine.
     pub depth: usize,
-    /// The slots.
+    /// How many may run at once.
     pub max_connections: usize,
     /// What the queue did so far.
     pub counters: Counters,
@@ -149,7 +163,7 @@ pub struct RunningOp {
 }
 
 /// One machine's part of the queue.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmQueue {
     /// The machine.
     pub vm: VmId,
@@ -157,10 +171,14 @@ pub struct VmQueue {
     pub queued: usize,
     /// Its operations in all, those that run or wait for their tick too.
     pub operations: usize,
-    /// Whether one of them runs.
-    pub busy: bool,
+    /// Which one of them runs.
+    pub holder: Option<RunningOp>,
+    /// Whether its gate is open.
+    pub open: bool,
     /// Whether its last operation hung.
     pub on_probation: bool,
+    /// Lateness of the latest few thousand re-runs of its periodic operations.
+    pub lateness: Option<LatenessQuantiles>,
 }
 
 /// How a periodic operation fares.
@@ -197,13 +215,18 @@ impl Scheduler {
     ///
     /// Outside of a runtime there is nothing to start on: every operation then fails with `Unavailable`.
     pub fn start(config: SchedulerConfig) -> Self {
-        let slots = config.max_connections.clamp(1, MAX_CONNECTIONS);
+        let slots = config.max_connections.min(MAX_CONNECTIONS);
         let limits = Limits { max_running: slots, max_per_vm: config.max_queued_per_vm, max_total: config.max_queued };
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
-                queue: FairQueue::new(limits),
+                queue: FairQueue::new(limits, config.gated),
                 tasks: Vec::new(),
-                seats: vec![None; slots],
+                vms: Vec::new(),
+                seats: Vec::new(),
+                slots,
+                vm_drains: HashMap::new(),
+                slot_drains: Vec::new(),
+                listener: 0,
                 parked: 0,
                 alarm_us: NEVER_US,
                 closed: false,
@@ -211,27 +234,21 @@ impl Scheduler {
                 workers: Vec::new(),
             }),
             config,
-            slots,
+            runtime: Handle::try_current().ok(),
             wakeups: Semaphore::new(0),
             alarm: Notify::new(),
+            gates: Notify::new(),
             tracker: TaskTracker::new(),
             epoch: Instant::now(),
         });
-        match Handle::try_current() {
-            Ok(runtime) => {
-                let mut workers = Vec::with_capacity(slots + 1);
-                for seat in 0..slots {
-                    let worker = Worker { shared: Arc::clone(&shared), seat, ended: false };
-                    workers.push(shared.tracker.spawn_on(worker.work(), &runtime).abort_handle());
-                }
-                let time = keep_time(Arc::clone(&shared));
-                workers.push(shared.tracker.spawn_on(time, &runtime).abort_handle());
-                shared.lock().workers = workers;
-            }
-            Err(error) => {
-                tracing::error!(%error, "the queue cannot start: it wants a tokio runtime");
-                shared.close();
-            }
+        if let Some(runtime) = &shared.runtime {
+            let time = keep_time(Arc::clone(&shared));
+            let time = shared.tracker.spawn_on(time, runtime).abort_handle();
+            shared.lock().workers.push(time);
+            shared.hire(slots);
+        } else {
+            tracing::error!("the queue cannot start: it wants a tokio runtime");
+            shared.close();
         }
         Self { owner: Arc::new(Owner { shared }) }
     }
@@ -321,23 +338,25 @@ impl Scheduler {
         let now_us = shared.now_us();
         let mut snapshot = {
             let state = shared.lock();
-            let running = state.seats.iter().flatten().filter_map(|seat| {
-                let running_for = Duration::from_micros(now_us.saturating_sub(seat.since_us));
-                let what = state.tasks.get(seat.op.index())?.as_ref()?.what.to_string();
-                Some(RunningOp { vm: seat.vm, what, running_for })
-            });
+            let running = state.queue.vms().filter_map(|load| state.running(load.vm, load.running?, now_us));
             let periodics = state.tasks.iter().flatten().filter_map(|task| state.status(task));
             let vms = state.queue.vms().filter(|load| load.operations > 0 || load.on_probation).map(|load| VmQueue {
                 vm: load.vm,
                 queued: load.ready,
                 operations: load.operations,
-                busy: load.busy,
+                holder: load.running.and_then(|running| state.running(load.vm, running, now_us)),
+                open: load.open,
                 on_probation: load.on_probation,
+                lateness: state
+                    .vms
+                    .get(load.index)
+                    .filter(|seen| seen.vm == load.vm)
+                    .and_then(|seen| seen.lateness.quantiles()),
             });
             let counters = state.queue.counters();
             QueueSnapshot {
                 depth: counters.ready,
-                max_connections: shared.slots,
+                max_connections: state.slots,
                 counters,
                 lateness: state.lateness.quantiles(),
                 running: running.collect(),
@@ -349,6 +368,95 @@ impl Scheduler {
         snapshot.vms.sort_by_key(|load| load.vm);
         snapshot.periodics.sort_by(|a, b| (a.vm, &a.what).cmp(&(b.vm, &b.what)));
         snapshot
+    }
+
+    /// What runs on a machine: why it is busy.
+    pub fn holder(&self, vm: VmId) -> Option<RunningOp> {
+        let shared = &self.owner.shared;
+        let now_us = shared.now_us();
+        let state = shared.lock();
+        state.running(vm, state.queue.running_on(vm)?, now_us)
+    }
+
+    /// Opens a machine's gate: what is ready there takes its turn. It stays open, also while there is nothing to run,
+    /// until [`Scheduler::close`].
+    ///
+    /// A periodic operation whose ticks passed meanwhile has one run pending, planned for the latest of them; the others
+    /// are skipped.
+    pub fn open(&self, vm: VmId) {
+        let shared = &self.owner.shared;
+        let state = &mut *shared.lock();
+        state.queue.open(vm, shared.now_us());
+        shared.rouse(state);
+    }
+
+    /// Closes a machine's gate, at once and whether or not the future is awaited: nothing starts there any more. What
+    /// runs is let finish; the future resolves when nothing runs there, even if the gate was opened again meanwhile.
+    ///
+    /// One-shots and periodic operations are still taken. They wait, and cost neither a slot nor polling.
+    pub fn close(&self, vm: VmId) -> impl Future<Output = ()> + Send + use<> {
+        let shared = &self.owner.shared;
+        let state = &mut *shared.lock();
+        let drained = state.queue.close(vm).then(|| state.when_drained(vm));
+        shared.rouse(state);
+        async move {
+            if let Some(drained) = drained {
+                // Where nobody is left to tell, nothing runs.
+                let _ = drained.await;
+            }
+        }
+    }
+
+    /// Closes all gates as [`Scheduler::close`] does, also of machines that are yet to come: from here on the scheduler
+    /// is [gated](SchedulerConfig::gated). The future resolves when what ran at the call has ended.
+    pub fn close_all(&self) -> impl Future<Output = ()> + Send + use<> {
+        let shared = &self.owner.shared;
+        let state = &mut *shared.lock();
+        let busy: Vec<VmId> = state.queue.vms().filter(|load| load.running.is_some()).map(|load| load.vm).collect();
+        state.queue.close_all();
+        let drained: Vec<_> = busy.into_iter().map(|vm| state.when_drained(vm)).collect();
+        shared.rouse(state);
+        async move {
+            for drained in drained {
+                let _ = drained.await;
+            }
+        }
+    }
+
+    /// What happens at the gates from here on, and what is so now. One listens at a time: for who listened before, it
+    /// ends.
+    pub fn gate_events(&self) -> GateEvents {
+        let shared = &self.owner.shared;
+        let state = &mut *shared.lock();
+        state.listener += 1;
+        state.queue.listen();
+        shared.gates.notify_waiters();
+        GateEvents { shared: Arc::clone(shared), listener: state.listener }
+    }
+
+    /// Changes how many operations run at once (at most [`MAX_CONNECTIONS`]), at once and whether or not the future is
+    /// awaited. With 0 nothing starts any more. What runs is let finish; the future resolves when at most so many run.
+    pub fn resize(&self, max_connections: usize) -> impl Future<Output = ()> + Send + use<> {
+        let shared = &self.owner.shared;
+        let slots = max_connections.min(MAX_CONNECTIONS);
+        let drained = {
+            let state = &mut *shared.lock();
+            state.slots = slots;
+            state.queue.set_max_running(slots);
+            shared.rouse(state);
+            (state.queue.counters().running > slots).then(|| {
+                let (tell, told) = oneshot::channel();
+                state.slot_drains.retain(|(_, tell)| !tell.is_closed());
+                state.slot_drains.push((slots, tell));
+                told
+            })
+        };
+        shared.hire(slots);
+        async move {
+            if let Some(drained) = drained {
+                let _ = drained.await;
+            }
+        }
     }
 
     /// Ends the scheduler: it takes no new work, one-shots that wait fail with `Unavailable`, periodic operations end.
@@ -400,6 +508,34 @@ impl fmt::Debug for Periodic {
     }
 }
 
+impl GateEvents {
+    /// The next event; none when the scheduler ends, or somebody else listens.
+    ///
+    /// It is so when it is received: what was overtaken is not told. Each is told once, until it changes, so that for
+    /// each machine at most one waits. Dropping the future loses nothing.
+    pub async fn recv(&mut self) -> Option<GateEvent> {
+        loop {
+            let noted = self.shared.gates.notified();
+            {
+                let state = &mut *self.shared.lock();
+                if state.closed || state.listener != self.listener {
+                    return None;
+                }
+                if let Some(event) = state.queue.next_event() {
+                    return Some(event);
+                }
+            }
+            noted.await;
+        }
+    }
+}
+
+impl fmt::Debug for GateEvents {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GateEvents").finish_non_exhaustive()
+    }
+}
+
 /// What clones and handles hold; the workers hold [`Shared`]. When the last owner goes, the workers end.
 struct Owner {
     shared: Arc<Shared>,
@@ -428,11 +564,13 @@ impl Drop for Place<'_> {
 struct Shared {
     state: Mutex<State>,
     config: SchedulerConfig,
-    slots: usize,
+    runtime: Option<Handle>,
     /// One permit for each worker that was woken and has not noticed yet.
     wakeups: Semaphore,
     /// Tells the time keeper that the alarm moved to an earlier time.
     alarm: Notify,
+    /// Tells who listens that there is an event.
+    gates: Notify,
     tracker: TaskTracker,
     epoch: Instant,
 }
@@ -441,8 +579,18 @@ struct State {
     queue: FairQueue,
     /// By [`OpId::index`].
     tasks: Vec<Option<Task>>,
+    /// By [`Start::vm_index`].
+    vms: Vec<VmSeen>,
     /// What each worker runs.
-    seats: Vec<Option<Seat>>,
+    seats: Vec<Option<OpId>>,
+    /// How many may run at once. There may be more workers, after it was lowered.
+    slots: usize,
+    /// Who waits until nothing runs on a machine.
+    vm_drains: HashMap<VmId, Vec<oneshot::Sender<()>>>,
+    /// Who waits until at most so many run.
+    slot_drains: Vec<(usize, oneshot::Sender<()>)>,
+    /// Who listens at the gates: the latest.
+    listener: u64,
     /// Workers that wait to be woken.
     parked: usize,
     /// When the time keeper will look again.
@@ -453,11 +601,10 @@ struct State {
     workers: Vec<AbortHandle>,
 }
 
-#[derive(Clone)]
-struct Seat {
-    op: OpId,
+/// What is known of how a machine's periodic operations fare.
+struct VmSeen {
     vm: VmId,
-    since_us: u64,
+    lateness: Lateness,
 }
 
 struct Task {
@@ -635,9 +782,9 @@ impl Worker {
         let now_us = shared.now_us();
         let state = &mut *shared.lock();
         let over = done.and_then(|done| {
-            state.seats[self.seat] = None;
+            let finished = state.finish(self.seat, done.op, now_us, done.hung);
             let slot = &mut state.tasks[done.op.index()];
-            match state.queue.finish(done.op, now_us, done.hung) {
+            match finished {
                 Finished::Gone => {
                     *slot = None;
                     Some(done.job)
@@ -661,7 +808,7 @@ impl Worker {
             }
             debug_assert!(false, "{start:?} has no job");
             state.queue.cancel(start.op);
-            state.queue.finish(start.op, now_us, false);
+            state.finish(self.seat, start.op, now_us, false);
         }
         state.parked += 1;
         shared.rouse(state);
@@ -676,9 +823,19 @@ impl Worker {
             fare.note(now_us, start.run, start.skipped, lateness);
             if start.run > 0 {
                 state.lateness.record(lateness);
+                if state.vms.len() <= start.vm_index {
+                    state
+                        .vms
+                        .resize_with(start.vm_index + 1, || VmSeen { vm: start.vm, lateness: Lateness::default() });
+                }
+                let seen = &mut state.vms[start.vm_index];
+                if seen.vm != start.vm {
+                    *seen = VmSeen { vm: start.vm, lateness: Lateness::default() };
+                }
+                seen.lateness.record(lateness);
             }
         }
-        state.seats[self.seat] = Some(Seat { op: start.op, vm: start.vm, since_us: now_us });
+        state.seats[self.seat] = Some(start.op);
         let tick = Tick { lateness, run: start.run, skipped: start.skipped };
         let limit = task.limit.min(MAX_INTERVAL);
         let until = self.shared.instant(now_us) + limit;
@@ -743,10 +900,10 @@ impl Drop for Worker {
         self.shared.close();
         let task = {
             let state = &mut *self.shared.lock();
-            state.seats[self.seat].take().and_then(|seat| {
-                state.queue.cancel(seat.op);
-                state.queue.finish(seat.op, self.shared.now_us(), false);
-                state.tasks[seat.op.index()].take()
+            state.seats[self.seat].and_then(|op| {
+                state.queue.cancel(op);
+                state.finish(self.seat, op, self.shared.now_us(), false);
+                state.tasks[op.index()].take()
             })
         };
         drop(task);
@@ -812,6 +969,25 @@ impl Shared {
         Ok(op)
     }
 
+    /// Sees that there are so many workers.
+    fn hire(self: &Arc<Self>, slots: usize) {
+        let Some(runtime) = &self.runtime else { return };
+        let seats = {
+            let state = &mut *self.lock();
+            let seats = if state.closed { 0..0 } else { state.seats.len()..slots };
+            state.seats.resize(slots.max(state.seats.len()), None);
+            seats
+        };
+        // Without the lock: where the runtime ends just now, a worker is dropped here, and takes it.
+        let hired: Vec<_> = seats
+            .map(|seat| {
+                let worker = Worker { shared: Arc::clone(self), seat, ended: false };
+                self.tracker.spawn_on(worker.work(), runtime).abort_handle()
+            })
+            .collect();
+        self.lock().workers.extend(hired);
+    }
+
     fn cancel(&self, op: OpId) {
         let task = {
             let state = &mut *self.lock();
@@ -832,6 +1008,9 @@ impl Shared {
     /// This holds after every change: when something can start and a worker is parked, one that was woken is on its way
     /// to the lock. Each that comes calls this again, so one wake-up is enough for any amount of work.
     fn rouse(&self, state: &mut State) {
+        if state.queue.has_event() {
+            self.gates.notify_one();
+        }
         if state.parked == 0 {
             return;
         }
@@ -858,6 +1037,7 @@ impl Shared {
             state.closed = true;
             self.wakeups.add_permits(std::mem::take(&mut state.parked));
             self.alarm.notify_one();
+            self.gates.notify_waiters();
             let queue = &mut state.queue;
             let waits = |slot: &mut Option<Task>| {
                 let op = slot.as_ref()?.op;
@@ -893,6 +1073,42 @@ impl Shared {
 }
 
 impl State {
+    /// Ends a run, and tells who waits for that.
+    fn finish(&mut self, seat: usize, op: OpId, now_us: u64, hung: bool) -> Finished {
+        self.seats[seat] = None;
+        if !self.vm_drains.is_empty()
+            && let Some(vm) = self.queue.vm(op)
+        {
+            for tell in self.vm_drains.remove(&vm).into_iter().flatten() {
+                let _ = tell.send(());
+            }
+        }
+        let finished = self.queue.finish(op, now_us, hung);
+        if !self.slot_drains.is_empty() {
+            let running = self.queue.counters().running;
+            let (over, wait) = self.slot_drains.drain(..).partition(|(slots, _)| running <= *slots);
+            self.slot_drains = wait;
+            for (_, tell) in over {
+                let _ = tell.send(());
+            }
+        }
+        finished
+    }
+
+    /// Resolves when what runs on a machine has ended.
+    fn when_drained(&mut self, vm: VmId) -> oneshot::Receiver<()> {
+        let (tell, told) = oneshot::channel();
+        let drains = self.vm_drains.entry(vm).or_default();
+        drains.retain(|tell| !tell.is_closed());
+        drains.push(tell);
+        told
+    }
+
+    fn running(&self, vm: VmId, (op, since_us): (OpId, u64), now_us: u64) -> Option<RunningOp> {
+        let what = self.tasks.get(op.index())?.as_ref()?.what.to_string();
+        Some(RunningOp { vm, what, running_for: Duration::from_micros(now_us.saturating_sub(since_us)) })
+    }
+
     fn status(&self, task: &Task) -> Option<PeriodicStatus> {
         let fare = task.fare.as_ref()?;
         Some(PeriodicStatus {

@@ -10,7 +10,7 @@ fn vm(number: u128) -> VmId {
 }
 
 fn queue(max_running: usize) -> FairQueue {
-    FairQueue::new(Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 })
+    FairQueue::new(Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 }, false)
 }
 
 /// The order in which machines get their turn when each operation ends before the next one starts.
@@ -42,9 +42,19 @@ impl FairQueue {
                 }
                 let held_back =
                     class == Class::First && vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
-                let offered = if vm.busy || held_back { None } else { lane.heap.peek().map(|head| head.key.seq) };
+                let offered = if vm.running.is_some() || !vm.open || held_back {
+                    None
+                } else {
+                    lane.heap.peek().map(|head| head.key.seq)
+                };
                 assert_eq!(lane.listed.map(|listing| listing.key.seq), offered, "an idle machine's head is listed");
                 assert!(lane.heap.len() <= 2 * lane.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
+            }
+            assert!(vm.operations > 0 || vm.is_kept(self.gated) || vm.remembered, "a machine without use is forgotten");
+            let news = vm.news(self.gated);
+            if let Some(to_tell) = &self.to_tell {
+                assert_eq!(to_tell.contains(&index), news.is_some() && news != vm.told, "what is new is to be told");
+                assert!(vm.told.is_none() || vm.told == news, "what was told is so");
             }
             assert!(vm.virtual_us + vm.offset_us <= self.virtual_us, "no machine's clock is ahead of the queue's");
         }
@@ -81,7 +91,7 @@ fn one_machine_runs_one_operation_at_a_time() {
 
 #[test]
 fn a_full_queue_refuses() {
-    let mut queue = FairQueue::new(Limits { max_running: 1, max_per_vm: 1, max_total: 3 });
+    let mut queue = FairQueue::new(Limits { max_running: 1, max_per_vm: 1, max_total: 3 }, false);
     queue.submit_once(vm(1), 0).unwrap();
     assert_eq!(queue.submit_once(vm(1), 0), Err(Full::Vm));
     queue.start_next(0).unwrap();
@@ -213,6 +223,45 @@ fn an_old_id_does_not_touch_the_operation_in_its_place() {
 }
 
 #[test]
+fn ticks_missed_behind_a_gate_are_skipped() {
+    let mut queue = queue(1);
+    let id = queue.submit_every(vm(1), 1000, 0).unwrap();
+    serve(&mut queue, 0).unwrap();
+    let due = queue.next_due_us().unwrap();
+    assert!(!queue.close(vm(1)));
+    queue.advance(due + 7300);
+    assert!(!queue.can_start() && queue.next_due_us().is_none(), "it waits, and needs no timer");
+    queue.open(vm(1), due + 7300);
+    let start = queue.start_next(due + 7300).unwrap();
+    assert_eq!((start.op, start.planned_us, start.skipped), (id, due + 7000, 7));
+    queue.finish(id, due + 7300, false);
+    assert_eq!(queue.next_due_us(), Some(due + 8000));
+    assert_eq!(queue.counters().skipped_ticks, 7);
+}
+
+#[test]
+fn a_machine_that_was_closed_does_not_make_good_at_the_cost_of_others() {
+    let mut sim = Sim::new(2, SECOND / 5);
+    // Three times too much, on thirty machines; a third of them is away for ten minutes.
+    for number in 0..300 {
+        sim.stream(number % 30, 10 * SECOND);
+    }
+    sim.run_until(100 * SECOND);
+    for number in 0..10 {
+        sim.queue.close(vm(number));
+    }
+    sim.run_until(700 * SECOND);
+    for number in 0..10 {
+        sim.queue.open(vm(number), sim.now);
+    }
+    sim.run_until(760 * SECOND);
+    sim.measure_from_here();
+    sim.run_until(1300 * SECOND);
+    assert!(sim.max_slip() < 3.0 * 1.05, "max slip {}", sim.max_slip());
+    assert!(sim.jain() > 0.999, "Jain {}", sim.jain());
+}
+
+#[test]
 fn cancelling_leaves_no_garbage() {
     let mut queue = queue(1);
     queue.submit_once(vm(0), 0).unwrap();
@@ -238,6 +287,11 @@ enum Step {
     Start,
     Finish(usize, bool),
     Pass(u64),
+    Open(u128),
+    Close(u128),
+    Resize(usize),
+    Listen,
+    Hear,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -249,6 +303,11 @@ fn step() -> impl Strategy<Value = Step> {
         5 => (any::<prop::sample::Index>(), prop::bool::weighted(0.2))
             .prop_map(|(index, hung)| Step::Finish(index.index(1 << 16), hung)),
         2 => (1..50u64).prop_map(Step::Pass),
+        1 => (0..6u128).prop_map(Step::Open),
+        1 => (0..6u128).prop_map(Step::Close),
+        1 => (0..10usize).prop_map(Step::Resize),
+        1 => Just(Step::Listen),
+        2 => Just(Step::Hear),
     ]
 }
 
@@ -262,8 +321,17 @@ enum Mirror {
 proptest! {
     /// The mirror knows what may run, and nothing of the order.
     #[test]
-    fn the_queue_agrees_with_its_mirror(max_running in 1..10usize, steps in prop::collection::vec(step(), 1..300)) {
-        let mut queue = queue(max_running);
+    fn the_queue_agrees_with_its_mirror(
+        max_running in 0..10usize,
+        gated: bool,
+        steps in prop::collection::vec(step(), 1..300),
+    ) {
+        let limits = Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 };
+        let mut queue = FairQueue::new(limits, gated);
+        let mut max_running = max_running;
+        let mut open = BTreeMap::new();
+        // What was told of a machine, and is so still.
+        let mut told: Option<BTreeMap<VmId, GateEvent>> = None;
         let mut mirror: BTreeMap<OpId, (VmId, u64, Mirror)> = BTreeMap::new();
         let mut hung_vms: Vec<VmId> = Vec::new();
         let mut now = 0;
@@ -301,6 +369,7 @@ proptest! {
                     let may_run = |(vm, _, state): &(VmId, u64, Mirror)| {
                         *state == Mirror::Ready
                             && !running.contains(vm)
+                            && *open.get(vm).unwrap_or(&!gated)
                             && (probation_open || !hung_vms.contains(vm))
                     };
                     let any = running.len() < max_running && mirror.values().any(may_run);
@@ -311,6 +380,7 @@ proptest! {
                         let op = mirror.get_mut(&start.op).expect("what was cancelled never starts");
                         prop_assert!(may_run(op));
                         prop_assert!(start.planned_us <= now);
+                        prop_assert_eq!(queue.running_on(start.vm), Some((start.op, now)));
                         op.2 = Mirror::Running { cancelled: false };
                     }
                 }
@@ -337,6 +407,46 @@ proptest! {
                         mirror.insert(id, (vm, interval, if ready { Mirror::Ready } else { Mirror::Waiting }));
                     }
                 }
+                Step::Open(number) => {
+                    queue.open(vm(number), now);
+                    open.insert(vm(number), true);
+                }
+                Step::Close(number) => {
+                    let busy = mirror.values().any(|op| op.0 == vm(number) && matches!(op.2, Mirror::Running { .. }));
+                    prop_assert_eq!(queue.close(vm(number)), busy);
+                    open.insert(vm(number), false);
+                }
+                Step::Resize(limit) => {
+                    queue.set_max_running(limit);
+                    max_running = limit;
+                }
+                Step::Listen => {
+                    queue.listen();
+                    told = Some(BTreeMap::new());
+                }
+                Step::Hear => {
+                    let event = queue.next_event();
+                    let Some(told) = &mut told else {
+                        prop_assert_eq!(event, None, "nobody listens");
+                        continue
+                    };
+                    let is_open = |vm| *open.get(&vm).unwrap_or(&!gated);
+                    match event {
+                        Some(GateEvent::Wanted(vm)) => {
+                            prop_assert!(!is_open(vm));
+                            prop_assert!(mirror.values().any(|op| op.0 == vm && op.2 == Mirror::Ready));
+                            prop_assert_ne!(told.insert(vm, GateEvent::Wanted(vm)), event, "told once");
+                        }
+                        Some(GateEvent::Idle(vm)) => {
+                            prop_assert!(mirror.values().all(|op| op.0 != vm));
+                            told.insert(vm, GateEvent::Idle(vm));
+                        }
+                        None => for (vm, _, state) in mirror.values() {
+                            let wanted = !is_open(*vm) && *state == Mirror::Ready;
+                            prop_assert!(!wanted || told.get(vm) == Some(&GateEvent::Wanted(*vm)), "nothing is missed");
+                        }
+                    }
+                }
                 Step::Cancel(pick) => {
                     if mirror.is_empty() { continue }
                     let id = *mirror.keys().nth(pick % mirror.len()).unwrap();
@@ -352,6 +462,13 @@ proptest! {
                 }
             }
             queue.check();
+            // Told of a machine is what is so, once until it changes.
+            let Some(told) = &mut told else { continue };
+            let ready = |vm: VmId| mirror.values().any(|op| op.0 == vm && op.2 == Mirror::Ready);
+            told.retain(|vm, event| match event {
+                GateEvent::Wanted(_) => !*open.get(vm).unwrap_or(&!gated) && ready(*vm),
+                GateEvent::Idle(_) => mirror.values().all(|op| op.0 != *vm),
+            });
         }
         // Nothing is lost: in the end all that lives has its run.
         let mut left: Vec<OpId> = mirror.keys().copied().collect();
@@ -359,6 +476,11 @@ proptest! {
             queue.finish(id, now, false);
             left.retain(|other| *other != id);
         }
+        // With all gates open, and a slot.
+        for number in 0..6 {
+            queue.open(vm(number), now);
+        }
+        queue.set_max_running(max_running.max(1));
         // A stream of interval 40 has one run for forty of one of interval 1.
         for _ in 0..60 * (mirror.len() + 1) {
             now += 50;

@@ -36,6 +36,12 @@ async fn settle() {
     }
 }
 
+/// Workers that wait, and the next alarm.
+fn idle(shared: &Shared) -> (usize, u64) {
+    let state = shared.lock();
+    (state.parked, state.alarm_us)
+}
+
 /// An operation that runs until it is told to end; it has begun when this returns.
 async fn blocker(scheduler: &Scheduler, vm: VmId) -> (oneshot::Sender<()>, JoinHandle<Result<()>>) {
     let (release, released) = oneshot::channel();
@@ -288,6 +294,9 @@ async fn many_periodic_operations_all_get_their_interval() {
         let got = status.interval_got.unwrap();
         assert!(got > Duration::from_millis(4900) && got < Duration::from_millis(5100), "{status:?}");
     }
+    for vm in &snapshot.vms {
+        assert!(vm.lateness.unwrap().p99 < Duration::from_millis(150), "{vm:?}");
+    }
     let lateness = snapshot.lateness.unwrap();
     assert!(lateness.p99 < Duration::from_millis(150), "{lateness:?}");
     assert_eq!(snapshot.counters.skipped_ticks, 0);
@@ -466,20 +475,16 @@ async fn the_workers_end_with_the_last_handle() {
 async fn who_waits_is_not_polled() {
     let scheduler = scheduler(50);
     let shared = Arc::clone(&scheduler.owner.shared);
-    let timers = |shared: &Shared| {
-        let state = shared.lock();
-        (state.parked, state.alarm_us)
-    };
     settle().await;
-    assert_eq!(timers(&shared), (50, NEVER_US), "an idle scheduler has no timer");
+    assert_eq!(idle(&shared), (50, NEVER_US), "an idle scheduler has no timer");
     let _periodic = scheduler.every(vm(1), "condition", 60 * SECOND, LONG, |_| async { Ok(()) }.boxed()).unwrap();
     settle().await;
     let due_us = shared.lock().queue.next_due_us().unwrap();
-    assert_eq!(timers(&shared), (50, due_us), "one task sleeps, until the tick");
+    assert_eq!(idle(&shared), (50, due_us), "one task sleeps, until the tick");
     assert_eq!(shared.wakeups.available_permits(), 0);
     advance(Duration::from_micros(due_us - 2000)).await;
     settle().await;
-    assert_eq!(timers(&shared), (50, due_us));
+    assert_eq!(idle(&shared), (50, due_us));
     let at = Instant::now();
     sleep(SECOND).await;
     assert!(at.elapsed() < 2 * SECOND && shared.lock().alarm_us > due_us);
@@ -580,11 +585,215 @@ async fn a_snapshot_shows_what_runs_and_what_waits() {
     assert_eq!((snapshot.depth, snapshot.max_connections), (2, 1));
     let running = RunningOp { vm: vm(1), what: "blocker".into(), running_for: 3 * SECOND };
     assert_eq!(snapshot.running, [running]);
-    let load = VmQueue { vm: vm(1), queued: 1, operations: 2, busy: true, on_probation: false };
-    assert_eq!(snapshot.vms, [load, VmQueue { vm: vm(2), operations: 1, busy: false, ..load }]);
+    let holder = snapshot.running.first().cloned();
+    let (open, on_probation, lateness) = (true, false, None);
+    let load = VmQueue { vm: vm(1), queued: 1, operations: 2, holder: holder.clone(), open, on_probation, lateness };
+    assert_eq!(snapshot.vms, [load.clone(), VmQueue { vm: vm(2), operations: 1, holder: None, ..load }]);
+    assert_eq!((scheduler.holder(vm(1)), scheduler.holder(vm(2)), scheduler.holder(vm(3))), (holder, None, None));
     assert_eq!((snapshot.periodics[0].what.as_str(), snapshot.periodics[0].runs), ("condition", 0));
     assert_eq!(snapshot.periodics[0].interval_wanted, 5 * SECOND);
     release.send(()).unwrap();
     blocker.await.unwrap().unwrap();
+    queued.await.unwrap();
+}
+
+// --- gates, and a limit that changes ----------------------------------------------------------------------------
+
+fn gated(max_connections: usize) -> Scheduler {
+    Scheduler::start(SchedulerConfig { max_connections, gated: true, ..SchedulerConfig::default() })
+}
+
+#[tokio::test(start_paused = true)]
+async fn behind_a_closed_gate_work_waits_without_a_slot_and_without_polling() {
+    let scheduler = gated(1);
+    let shared = Arc::clone(&scheduler.owner.shared);
+    let runs = Arc::new(AtomicUsize::new(0));
+    let run = {
+        let runs = Arc::clone(&runs);
+        move |_| {
+            runs.fetch_add(1, SeqCst);
+            async { Ok(()) }.boxed()
+        }
+    };
+    let _periodic = scheduler.every(vm(1), "condition", 10 * SECOND, LONG, run).unwrap();
+    let mut waits = Box::pin(at_once(&scheduler, vm(1), 7));
+    assert!(futures::poll!(&mut waits).is_pending());
+    settle().await;
+    assert_eq!((runs.load(SeqCst), idle(&shared)), (0, (1, NEVER_US)));
+    scheduler.open(vm(2));
+    assert_eq!(at_once(&scheduler, vm(2), 8).await.unwrap(), 8, "the only slot is free");
+    scheduler.open(vm(1));
+    assert_eq!(waits.await.unwrap(), 7);
+    settle().await;
+    assert_eq!(runs.load(SeqCst), 1);
+    // Its second run comes due behind the gate: one alarm, and then none.
+    scheduler.close(vm(1)).now_or_never().expect("nothing runs there");
+    sleep(60 * SECOND).await;
+    assert_eq!((runs.load(SeqCst), idle(&shared)), (1, (1, NEVER_US)));
+    let vm1 = scheduler.snapshot().vms.remove(0);
+    assert_eq!((vm1.queued, vm1.operations, vm1.open), (1, 1, false));
+}
+
+#[tokio::test(start_paused = true)]
+async fn ticks_behind_a_closed_gate_are_skipped_and_not_stacked() {
+    let scheduler = scheduler(4);
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let run = move |tick: Tick| {
+        tell.send((Instant::now(), tick)).unwrap();
+        async { Ok(()) }.boxed()
+    };
+    let _periodic = scheduler.every(vm(1), "condition", 10 * SECOND, LONG, run).unwrap();
+    told.recv().await.unwrap();
+    let (grid, _) = told.recv().await.unwrap();
+    settle().await;
+    scheduler.close(vm(1)).await;
+    sleep(55 * SECOND).await;
+    scheduler.open(vm(1));
+    // Due after 10, 20, 30, 40 and 50 s: one run, for the last of them, and then the grid.
+    let (at, tick) = told.recv().await.unwrap();
+    assert_eq!((at - grid).as_secs(), 55);
+    assert_eq!((tick.run, tick.skipped, tick.lateness.as_secs()), (2, 4, 5));
+    let (at, tick) = told.recv().await.unwrap();
+    assert_eq!(((at - grid).as_secs(), tick.skipped, tick.lateness.as_millis()), (60, 0, 0));
+}
+
+#[tokio::test]
+async fn closing_lets_what_runs_finish_and_says_when() {
+    let scheduler = scheduler(4);
+    let (release, blocker) = blocker(&scheduler, vm(1)).await;
+    let mut closed = Box::pin(scheduler.close(vm(1)));
+    drop(scheduler.close(vm(1)));
+    let mut queued = Box::pin(at_once(&scheduler, vm(1), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    settle().await;
+    assert!(futures::poll!(&mut closed).is_pending());
+    assert_eq!(scheduler.holder(vm(1)).unwrap().what, "blocker");
+    at_once(&scheduler, vm(2), ()).await.unwrap();
+    release.send(()).unwrap();
+    blocker.await.unwrap().unwrap();
+    closed.await;
+    settle().await;
+    assert!(futures::poll!(&mut queued).is_pending());
+    scheduler.open(vm(1));
+    queued.await.unwrap();
+    assert!(scheduler.owner.shared.lock().vm_drains.is_empty());
+}
+
+#[tokio::test]
+async fn all_gates_close_at_once_those_to_come_too() {
+    let scheduler = scheduler(4);
+    let (release, blocker) = blocker(&scheduler, vm(1)).await;
+    let mut closed = Box::pin(scheduler.close_all());
+    let mut queued = Box::pin(at_once(&scheduler, vm(2), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    settle().await;
+    assert!(futures::poll!(&mut queued).is_pending() && futures::poll!(&mut closed).is_pending());
+    release.send(()).unwrap();
+    closed.await;
+    blocker.await.unwrap().unwrap();
+    scheduler.open(vm(2));
+    queued.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_gates_keeper_hears_who_is_wanted_and_who_is_idle() {
+    let scheduler = gated(4);
+    let early = scheduler.clone();
+    let early = tokio::spawn(async move { at_once(&early, vm(1), ()).await });
+    settle().await;
+    let mut events = scheduler.gate_events();
+    assert_eq!(events.recv().await, Some(GateEvent::Wanted(vm(1))), "it was so before somebody listened");
+    assert_eq!(events.recv().now_or_never(), None, "told once");
+    scheduler.open(vm(1));
+    early.await.unwrap().unwrap();
+    assert_eq!(events.recv().await, Some(GateEvent::Idle(vm(1))));
+    // A hundred machines come and go while nobody reads: nothing is so any more, and nothing is left.
+    for number in 2..102 {
+        assert!(futures::poll!(Box::pin(at_once(&scheduler, vm(number), ()))).is_pending());
+    }
+    assert_eq!(events.recv().now_or_never(), None);
+    // Who was told as wanted is told as idle when its caller has gone.
+    let mut impatient = Box::pin(at_once(&scheduler, vm(2), ()));
+    assert!(futures::poll!(&mut impatient).is_pending());
+    assert_eq!(events.recv().await, Some(GateEvent::Wanted(vm(2))));
+    drop(impatient);
+    assert_eq!(events.recv().await, Some(GateEvent::Idle(vm(2))));
+    // Closing a machine where work waits says that it is wanted still.
+    let (release, blocker) = blocker(&scheduler, vm(1)).await;
+    let mut queued = Box::pin(at_once(&scheduler, vm(1), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    let closed = scheduler.close(vm(1));
+    assert_eq!(events.recv().await, Some(GateEvent::Wanted(vm(1))));
+    release.send(()).unwrap();
+    closed.await;
+    blocker.await.unwrap().unwrap();
+    // The next who listens is told what is so.
+    let mut next = scheduler.gate_events();
+    assert_eq!(events.recv().await, None);
+    assert_eq!(next.recv().await, Some(GateEvent::Wanted(vm(1))));
+    let waits = tokio::spawn(async move { next.recv().await });
+    settle().await;
+    scheduler.shutdown(LONG).await;
+    assert_eq!(waits.await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_listener_is_woken_by_a_tick_and_by_a_one_shot() {
+    tokio::time::pause();
+    let scheduler = gated(4);
+    scheduler.open(vm(1));
+    let mut events = scheduler.gate_events();
+    assert_eq!(events.recv().await, Some(GateEvent::Idle(vm(1))), "opened, and there is nothing to do");
+    let _periodic = scheduler.every(vm(1), "condition", 10 * SECOND, LONG, |_| async { Ok(()) }.boxed()).unwrap();
+    settle().await;
+    scheduler.close(vm(1)).await;
+    let begun = Instant::now();
+    assert_eq!(events.recv().await, Some(GateEvent::Wanted(vm(1))));
+    assert!(begun.elapsed() <= 11 * SECOND && !begun.elapsed().is_zero());
+    let woken = tokio::spawn(async move { events.recv().await });
+    settle().await;
+    let mut queued = Box::pin(at_once(&scheduler, vm(2), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    assert_eq!(woken.await.unwrap(), Some(GateEvent::Wanted(vm(2))));
+}
+
+#[tokio::test]
+async fn the_limit_may_change_at_any_time() {
+    let scheduler = scheduler(2);
+    let (release, first) = blocker(&scheduler, vm(1)).await;
+    let (release_too, second) = blocker(&scheduler, vm(2)).await;
+    let mut lowered = Box::pin(scheduler.resize(1));
+    let mut stopped = Box::pin(scheduler.resize(0));
+    let mut queued = Box::pin(at_once(&scheduler, vm(3), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    assert!(futures::poll!(&mut lowered).is_pending());
+    release.send(()).unwrap();
+    first.await.unwrap().unwrap();
+    lowered.await;
+    settle().await;
+    assert!(futures::poll!(&mut stopped).is_pending());
+    release_too.send(()).unwrap();
+    second.await.unwrap().unwrap();
+    stopped.await;
+    settle().await;
+    assert!(futures::poll!(&mut queued).is_pending(), "nothing runs with 0");
+    assert_eq!(scheduler.snapshot().max_connections, 0);
+    scheduler.resize(5).now_or_never().expect("nothing has to end for more");
+    queued.await.unwrap();
+    let mut blockers = Vec::new();
+    for number in 0..5 {
+        blockers.push(blocker(&scheduler, vm(number)).await);
+    }
+    assert_eq!(scheduler.snapshot().running.len(), 5);
+}
+
+#[tokio::test]
+async fn a_scheduler_may_start_without_a_slot() {
+    let scheduler = scheduler(0);
+    let mut queued = Box::pin(at_once(&scheduler, vm(1), ()));
+    assert!(futures::poll!(&mut queued).is_pending());
+    settle().await;
+    assert!(futures::poll!(&mut queued).is_pending());
+    scheduler.resize(1).await;
     queued.await.unwrap();
 }
