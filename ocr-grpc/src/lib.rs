@@ -16,6 +16,7 @@ pub mod executor;
 pub mod machiner;
 pub mod parse;
 pub mod proto;
+pub mod queue;
 pub mod server;
 pub mod v1;
 

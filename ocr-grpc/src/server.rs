@@ -43,7 +43,8 @@ use crate::{
         condition_service_server::ConditionServiceServer, feature_service_server::FeatureServiceServer,
         inject_service_server::InjectServiceServer, older, virtual_machine_service_server::VirtualMachineServiceServer,
     },
-    v1::{self, installs_server::InstallsServer, machines_server::MachinesServer},
+    queue::Queue,
+    v1::{self, installs_server::InstallsServer, machines_server::MachinesServer, queue_server::QueueServer},
 };
 use calls::Calls;
 use dispatch::{Arriving, Dispatch};
@@ -188,7 +189,8 @@ impl Server {
         self
     }
 
-    /// Serves `FeatureService`, `InjectService`, `ConditionService` and `ocr.v1.Installs` over this executor.
+    /// Serves `FeatureService`, `InjectService`, `ConditionService`, `ocr.v1.Installs` and `ocr.v1.Queue` over this
+    /// executor.
     pub fn executor(mut self, executor: Executor) -> Self {
         self.executor = Some(executor);
         self
@@ -225,7 +227,7 @@ impl Server {
             names.extend(["VirtualMachineService", "ocr.v1.Machines"]);
         }
         if self.executor.is_some() {
-            names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs"]);
+            names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs", "ocr.v1.Queue"]);
         }
         names.extend(self.others.iter().map(|(name, _)| *name));
         names
@@ -265,6 +267,8 @@ impl Server {
             let service = InjectServiceServer::new(Injects::new(executor.clone()));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = InstallsServer::new(v1::Installs::new(executor.clone()));
+            routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
+            let service = QueueServer::new(Queue::new(executor.clone()));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = Conditions::new(executor);
             match self.generation {

@@ -233,7 +233,7 @@ impl Inner {
     }
 
     pub(super) fn condition_statuses(&self) -> Vec<ConditionStatus> {
-        let mut statuses: Vec<_> = self.watched().iter().map(|runner| runner.shared.public()).collect();
+        let mut statuses: Vec<_> = self.watched().iter().map(|runner| runner.status()).collect();
         statuses.sort_by_key(|status| status.id);
         statuses
     }
@@ -244,6 +244,18 @@ impl Runner {
         // Its queued run leaves the queue with it.
         drop(lock(&self.periodic).take());
         self.shared.channel.end(ended);
+    }
+
+    /// The queue knows when it ran, and this what came of it.
+    fn status(&self) -> ConditionStatus {
+        let queued = lock(&self.periodic).as_ref().and_then(Periodic::status);
+        let mut status = self.shared.public();
+        if let Some(queued) = queued {
+            status.interval_got = queued.interval_got;
+            status.skipped = queued.skipped;
+            status.lateness_quantiles = queued.lateness;
+        }
+        status
     }
 
     pub(super) fn id(&self) -> InstallId {
@@ -324,13 +336,16 @@ impl Shared {
             name: self.record.name.to_string(),
             vm: self.record.vm,
             interval: self.interval,
+            interval_got: None,
             watchers: self.channel.streams(),
             runs: status.runs,
             last_value: status.value.map(|(value, _)| value),
             last_value_age: status.value.map(|(_, at)| at.elapsed()),
             fault: status.fault.as_ref().map(|fault| fault.text.clone()),
             consecutive_faults: status.faults,
+            skipped: 0,
             lateness: status.lateness,
+            lateness_quantiles: None,
         }
     }
 

@@ -3,9 +3,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::VmId;
 
@@ -16,7 +17,14 @@ use crate::VmId;
 /// Every operation looks for a hold first thing in its turn, and no turn can begin while the one that takes the hold
 /// still runs, so there is no gap.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Holds(Arc<Mutex<HashMap<VmId, watch::Sender<()>>>>);
+pub(super) struct Holds(Arc<Mutex<HashMap<VmId, Holding>>>);
+
+#[derive(Debug)]
+struct Holding {
+    /// Dropped when the machine is let go.
+    released: watch::Sender<()>,
+    since: Instant,
+}
 
 /// A machine is held until this is dropped.
 #[derive(Debug)]
@@ -33,9 +41,9 @@ impl Holds {
     pub(super) fn take(&self, vm: VmId) -> Result<Hold, Held> {
         let mut held = self.lock();
         match held.get(&vm) {
-            Some(sender) => Err(Held(sender.subscribe())),
+            Some(holding) => Err(Held(holding.released.subscribe())),
             None => {
-                held.insert(vm, watch::Sender::new(()));
+                held.insert(vm, Holding { released: watch::Sender::new(()), since: Instant::now() });
                 Ok(Hold { holds: self.clone(), vm })
             }
         }
@@ -45,7 +53,12 @@ impl Holds {
         self.lock().contains_key(&vm)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, watch::Sender<()>>> {
+    /// For how long a machine has been held.
+    pub(super) fn held_for(&self, vm: VmId) -> Option<Duration> {
+        self.lock().get(&vm).map(|holding| holding.since.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Holding>> {
         // The map is whole between any two of its operations, so a panic elsewhere does not spoil it.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -69,12 +82,14 @@ impl Held {
 mod tests {
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_held_machine_is_free_again_when_the_hold_is_dropped() {
         let holds = Holds::default();
         let vm = VmId::random();
         let hold = holds.take(vm).unwrap();
         let held = holds.take(vm).unwrap_err();
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!((holds.held_for(vm), holds.held_for(VmId::random())), (Some(Duration::from_secs(5)), None));
         assert!(holds.is_held(vm) && !holds.is_held(VmId::random()));
         let waiting = tokio::spawn(held.released());
         tokio::task::yield_now().await;

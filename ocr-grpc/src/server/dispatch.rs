@@ -38,8 +38,9 @@ const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
 
 /// Calls that end when the server stops, because they have no end of their own.
-const OPEN_ENDED: [&str; 4] = [
+const OPEN_ENDED: [&str; 5] = [
     "/ConditionService/stream",
+    "/ocr.v1.Queue/Watch",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
