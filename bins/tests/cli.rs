@@ -4,13 +4,14 @@
 mod support;
 
 use std::{
+    io::{Read, Write},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use serde_json::{Value, json};
-use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, write_package};
+use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, soon, until, write_package};
 
 /// `ocr serve --backend memory` on a free port, with three packages.
 struct Serve {
@@ -118,6 +119,126 @@ async fn every_command_speaks_json_to_programs() {
     let failure: Value = serde_json::from_str(&failure).unwrap();
     assert_eq!(failure["error"]["code"], "NotFound", "{failure}");
     assert!(serve.server.terminate().await.success());
+}
+
+/// A machine with a condition that is watched until this is dropped.
+struct Watched {
+    vm: String,
+    condition: String,
+    _stream: tonic::Streaming<ocr_grpc::proto::ConditionStreamResponse>,
+}
+
+impl Serve {
+    /// Watches a condition and waits for its second value.
+    async fn watched(&self) -> Watched {
+        let vm = self.ocr(&["--json", "vm", "create", "web-0", "-t", "tiny"]).await.json()["id"].clone();
+        let vm = vm.as_str().unwrap().to_owned();
+        let made = self.ocr(&["--json", "condition", "install", &vm, "alive", "--name", "is it up"]).await.json();
+        let condition = made["id"].as_str().unwrap().to_owned();
+        let mut client = ocr_grpc::client::ConditionServiceClient::new(self.server.channel().await);
+        let id = ocr_grpc::proto::Identifier { value: condition.clone() };
+        let mut stream = client.stream(id).await.unwrap().into_inner();
+        for _ in 0..2 {
+            soon("a value", stream.message()).await.unwrap().unwrap();
+        }
+        Watched { vm, condition, _stream: stream }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_is_shown_to_people_and_to_programs() {
+    let serve = Serve::start().await;
+    let idle = serve.ocr(&["queue", "top", "--once"]).await.fine();
+    assert!(idle.starts_with("waiting 0  running 0 of 50 "), "{idle}");
+    let watched = serve.watched().await;
+
+    let shown = serve.ocr(&["--json", "queue", "top", "--once"]).await.json();
+    let condition = &shown["conditions"][0];
+    assert_eq!(shown["conditions_total"], 1, "{shown}");
+    assert_eq!(
+        (&condition["condition"], &condition["machine"], &condition["name"], &condition["value"]),
+        (&json!(watched.condition), &json!(watched.vm), &json!("is it up"), &json!(0.5))
+    );
+    assert_eq!((&condition["interval_wanted_ms"], &condition["watchers"]), (&json!(1000), &json!(1)));
+    assert!(condition["runs"].as_u64().unwrap() >= 2 && condition["lateness"]["p99_us"].is_u64(), "{shown}");
+    let machine = &shown["machines"][0];
+    assert_eq!((&machine["machine"], &machine["operations"]), (&json!(watched.vm), &json!(1)), "{shown}");
+
+    let looks = ["--json", "queue", "top", "--interval", "100ms", "--count", "3", "--vm", &watched.vm];
+    assert_eq!(serve.ocr(&looks).await.json_lines().len(), 3);
+    let text = serve.ocr(&["queue", "top", "--interval", "100ms", "--count", "2"]).await.fine();
+    assert!(!text.contains('\u{1b}'), "no terminal, no codes: {text:?}");
+    assert_eq!(text.lines().filter(|line| line.starts_with(&watched.condition)).count(), 2, "{text}");
+    assert_eq!(text.lines().filter(|line| line.contains("machine (1 of 1)")).count(), 2, "{text}");
+    let elsewhere = serve.ocr(&["--json", "queue", "top", "--once", "--vm", NOBODY]).await.json();
+    assert_eq!((&elsewhere["conditions"], &elsewhere["machines"]), (&json!([]), &json!([])));
+    for arguments in [&["queue", "top", "--top", "1001"][..], &["queue", "holder", "no-uuid"]] {
+        assert_eq!(serve.ocr(arguments).await.code, Some(2), "{arguments:?}");
+    }
+    let failure = serve.ocr(&["queue", "top", "--interval", "1ms"]).await.failed();
+    assert!(failure.contains("interval_ms: wants 100 to 3600000"), "{failure}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_a_machine_is_told_while_it_has_it() {
+    let serve = Serve::start().await;
+    let vm = serve.ocr(&["--json", "vm", "create", "web-0", "-t", "tiny"]).await.json()["id"].clone();
+    let vm = vm.as_str().unwrap();
+    assert_eq!(serve.ocr(&["queue", "holder", vm]).await.fine(), "free\n");
+    let slow = ["--json", "condition", "install", vm, "--command", "sleep 600", "--interval", "1s"];
+    let id = serve.ocr(&slow).await.json()["id"].as_str().unwrap().to_owned();
+    let mut client = ocr_grpc::client::ConditionServiceClient::new(serve.server.channel().await);
+    let _stream = client.stream(ocr_grpc::proto::Identifier { value: id.clone() }).await.unwrap();
+    let held = until(SOON, "the machine is held", async || {
+        let held = serve.ocr(&["--json", "queue", "holder", vm]).await.json();
+        (held["held"] == true).then_some(held)
+    })
+    .await;
+    assert_eq!((&held["machine"], &held["what"]), (&json!(vm), &json!(format!("condition {id}"))));
+    assert!(held["held_for_ms"].is_u64());
+    let text = serve.ocr(&["queue", "holder", vm]).await.fine();
+    assert!(text.starts_with(&format!("condition {id} for ")), "{text}");
+    let top = serve.ocr(&["queue", "top", "--once"]).await.fine();
+    assert!(top.contains(&format!("condition {id} for ")), "{top}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_live_table_gives_the_terminal_back() {
+    let serve = Serve::start().await;
+    let watched = serve.watched().await;
+    // `script` makes a terminal. It gets a q some time after it has begun, and says last how the terminal was left.
+    for end in ["q", "Q", "\u{3}"] {
+        let mut script = command("script");
+        let line = format!(
+            "trap : INT; {OCR} --executor {} queue top --interval 100ms; echo left $?; stty -a",
+            serve.server.url()
+        );
+        script.args(["-qec", &line, "/dev/null"]).env("TERM", "xterm").stdin(Stdio::piped());
+        let mut child = match script.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
+            Ok(child) => child,
+            Err(error) => return say(format!("ignored: script does not run here ({error})")),
+        };
+        let (mut keys, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (send, seen) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let (mut text, mut buffer) = (Vec::new(), [0; 4096]);
+            while let Ok(read @ 1..) = out.read(&mut buffer) {
+                text.extend_from_slice(&buffer[..read]);
+                let _ = send.send(String::from_utf8_lossy(&text).into_owned());
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        while !seen.recv_timeout(SOON).unwrap().contains(&watched.condition) {}
+        keys.write_all(end.as_bytes()).unwrap();
+        keys.flush().unwrap();
+        let text = tokio::task::spawn_blocking(|| reader.join().unwrap());
+        let text = soon("the table ends", text).await.unwrap();
+        drop(keys);
+        child.wait().unwrap();
+        let (page, after) = text.split_once("\u{1b}[?1049l").expect("the page is left");
+        assert!(page.contains("\u{1b}[?1049h") && page.contains("condition (1 of 1)"), "{page:?}");
+        assert!(after.contains("left 0") && after.contains(" icanon") && after.contains(" echo "), "{after:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,6 +7,8 @@ mod conform;
 mod demo;
 mod install;
 mod output;
+mod queue;
+mod screen;
 mod serve;
 mod vm;
 
@@ -42,6 +44,7 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
         Command::Feature(command) => install::run(&cli, install::Kind::Feature, command, output).await?,
         Command::Inject(command) => install::run(&cli, install::Kind::Inject, command, output).await?,
         Command::Condition(command) => condition::run(&cli, command, output).await?,
+        Command::Queue(command) => queue::run(&cli, command, output).await?,
         Command::Reconcile => vm::reconcile(&cli, output).await?,
         Command::Conform(args) => return conform::run(args, output).await,
         Command::Demo(args) => return demo::run(args, output).await,
