@@ -4,12 +4,14 @@
 mod support;
 
 use std::{
+    collections::BTreeMap,
     io::{Read, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
+use ocr_core::{Key, Precondition, StateStore, state::embedded::EmbeddedStore};
 use serde_json::{Value, json};
 use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, soon, until, write_package};
 
@@ -21,6 +23,11 @@ struct Serve {
 
 impl Serve {
     async fn start() -> Self {
+        Self::start_on(async |_| {}).await
+    }
+
+    /// With a state file that is made ready first.
+    async fn start_on(prepare: impl AsyncFnOnce(&Path)) -> Self {
         let folder = keeper().new_folder("serve");
         let packages = folder.join("packages");
         write_package(
@@ -42,12 +49,47 @@ impl Serve {
             "type = \"condition\"\n[condition]\naction = \"cat /srv/value\"\ninterval = 1\n",
         );
         let mut serve = command(OCR);
-        serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]);
+        serve.args([
+            "serve",
+            "--backend",
+            "memory",
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics",
+            "127.0.0.1:0",
+            "--packages",
+        ]);
         let state = folder.join("state.redb");
+        prepare(&state).await;
         serve.arg(&packages).arg("--state").arg(&state);
         let server = Server::start(serve, &folder.join("log"));
         server.serving(SOON).await;
         Self { server, state }
+    }
+
+    /// What the metrics page's server answers: head and body.
+    async fn http(&self, method: &str, path: &str) -> (String, String) {
+        let log = self.server.log_text();
+        let line = log.lines().find(|line| line.contains("metrics are at /metrics")).expect("the log says where");
+        let address = line.rsplit("address=").next().unwrap().trim().to_owned();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n\r\n");
+        let answer = tokio::task::spawn_blocking(move || {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.write_all(request.as_bytes()).unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            text
+        });
+        let answer = soon("an answer", answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    }
+
+    async fn metrics(&self) -> Page {
+        let (head, body) = self.http("GET", "/metrics").await;
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        assert!(head.to_lowercase().contains("content-type: application/openmetrics-text"), "{head}");
+        Page::parse(&body)
     }
 
     /// Runs `ocr` against it.
@@ -177,6 +219,149 @@ async fn the_queue_is_shown_to_people_and_to_programs() {
     }
     let failure = serve.ocr(&["queue", "top", "--interval", "1ms"]).await.failed();
     assert!(failure.contains("interval_ms: wants 100 to 3600000"), "{failure}");
+}
+
+/// A metrics page, read strictly.
+struct Page {
+    /// Metric names and their kinds.
+    kinds: BTreeMap<String, String>,
+    /// Series, labels and all, and their values.
+    values: BTreeMap<String, f64>,
+}
+
+impl Page {
+    #[track_caller]
+    fn parse(text: &str) -> Self {
+        let (mut kinds, mut values) = (BTreeMap::new(), BTreeMap::new());
+        let text = text.strip_suffix("# EOF\n").expect("the end is marked");
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# ") {
+                let mut words = rest.splitn(3, ' ');
+                let (word, name, rest) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+                match word {
+                    "TYPE" => assert_eq!(kinds.insert(name.to_owned(), rest.to_owned()), None, "{line}"),
+                    "HELP" => assert!(!rest.is_empty() && !rest.ends_with(".."), "{line}"),
+                    _ => panic!("{line}"),
+                }
+                continue;
+            }
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            let name = series.split('{').next().unwrap();
+            let of = |kind: &str, ends: &[&str]| {
+                ends.iter()
+                    .any(|end| name.strip_suffix(end).is_some_and(|name| kinds.get(name).is_some_and(|k| k == kind)))
+            };
+            let known =
+                of("gauge", &[""]) || of("counter", &["_total"]) || of("histogram", &["_bucket", "_sum", "_count"]);
+            assert!(known, "{line} has no type");
+            assert!(series.len() == name.len() || series.ends_with('}'), "{line}");
+            let value = value.parse::<f64>().unwrap_or_else(|error| panic!("{line}: {error}"));
+            assert_eq!(values.insert(series.to_owned(), value), None, "{line} is there twice");
+        }
+        Self { kinds, values }
+    }
+
+    #[track_caller]
+    fn value(&self, series: &str) -> f64 {
+        *self.values.get(series).unwrap_or_else(|| panic!("{series} in {:#?}", self.values))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_server_has_the_metrics_that_the_documentation_names() {
+    let serve = Serve::start().await;
+    let watched = serve.watched().await;
+    let odd = "a \"quoted\\\" one";
+    let made = serve.ocr(&["--json", "condition", "install", &watched.vm, "alive", "--name", odd]).await.json();
+    let odd_id = made["id"].as_str().unwrap().to_owned();
+    let mut client = ocr_grpc::client::ConditionServiceClient::new(serve.server.channel().await);
+    let mut stream = client.stream(ocr_grpc::proto::Identifier { value: odd_id.clone() }).await.unwrap().into_inner();
+    for _ in 0..4 {
+        soon("a value", stream.message()).await.unwrap().unwrap();
+    }
+    // A page serves for a second.
+    let page = until(SOON, "a page with four runs", async || {
+        let page = serve.metrics().await;
+        let runs = page
+            .values
+            .iter()
+            .find(|(series, _)| series.starts_with("ocr_condition_runs_total{") && series.contains(&odd_id));
+        runs.is_some_and(|(_, runs)| *runs >= 4.0).then_some(page)
+    })
+    .await;
+
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OPERATIONS.md")).unwrap();
+    let documented: BTreeMap<_, _> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `ocr_"))
+        .map(|rest| {
+            let mut cells = rest.split('|').map(str::trim);
+            let name = cells.next().unwrap().split(['`', '{']).next().unwrap();
+            (format!("ocr_{name}"), cells.next().unwrap().to_owned())
+        })
+        .collect();
+    // In the documentation a counter has the name that one asks Prometheus for.
+    let served: BTreeMap<_, _> = page
+        .kinds
+        .iter()
+        .map(|(name, kind)| (if kind == "counter" { format!("{name}_total") } else { name.clone() }, kind.clone()))
+        .collect();
+    assert_eq!(served, documented);
+
+    assert_eq!((page.value("ocr_ready"), page.value("ocr_unfinished")), (1.0, 0.0));
+    assert_eq!((page.value("ocr_queue_limit"), page.value("ocr_conditions_watched")), (50.0, 2.0));
+    assert_eq!((page.value("ocr_condition_streams"), page.value("ocr_streams_open")), (2.0, 2.0));
+    assert!(page.value("ocr_queue_operations_total{result=\"ended\"}") >= 6.0);
+    assert_eq!(page.value("ocr_queue_wait_seconds_count"), page.value("ocr_queue_started_total{run=\"first\"}"));
+    assert_eq!(page.value("ocr_queue_lateness_seconds_count"), page.value("ocr_queue_started_total{run=\"again\"}"));
+    assert_eq!(
+        page.value("ocr_queue_lateness_seconds_bucket{le=\"+Inf\"}"),
+        page.value("ocr_queue_lateness_seconds_count")
+    );
+    let Watched { vm, condition, .. } = &watched;
+    let labels = format!("{{condition=\"{condition}\",machine=\"{vm}\",name=\"is it up\"}}");
+    assert_eq!(page.value(&format!("ocr_condition_interval_wanted_seconds{labels}")), 1.0);
+    assert_eq!(page.value(&format!("ocr_condition_faults{labels}")), 0.0);
+    assert!(page.value(&format!("ocr_machine_busy_seconds{{machine=\"{vm}\"}}")) >= 0.0);
+    let odd = r#"name="a \"quoted\\\" one""#;
+    assert!(page.values.keys().any(|series| series.contains(odd)), "{:?}", page.values.keys());
+
+    // What is gone leaves the page.
+    drop(stream);
+    serve.ocr(&["condition", "delete", &odd_id]).await.fine();
+    until(SOON, "a page without it", async || {
+        let page = serve.metrics().await;
+        (!page.values.keys().any(|series| series.contains(&odd_id))).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_metrics_page_is_all_that_its_address_serves() {
+    let serve = Serve::start().await;
+    for (method, path, status) in
+        [("GET", "/", "404"), ("GET", "/metrics/", "404"), ("POST", "/metrics", "405"), ("HEAD", "/metrics", "200")]
+    {
+        let (head, body) = serve.http(method, path).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{method} {path}: {head}");
+        assert_eq!(body.is_empty(), method == "HEAD", "{method} {path}: {body}");
+    }
+    assert!(serve.server.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_put_in_order_is_logged_and_counted_and_the_server_serves() {
+    let serve = Serve::start_on(async |state: &Path| {
+        let store = EmbeddedStore::open(state).unwrap();
+        let key = Key::new(format!("exec/install/{NOBODY}")).unwrap();
+        store.put(&key, b"of another version"[..].into(), Precondition::Absent, None).await.unwrap();
+    })
+    .await;
+    let page = serve.metrics().await;
+    assert_eq!((page.value("ocr_ready"), page.value("ocr_unfinished")), (1.0, 1.0));
+    let log = serve.server.log_text();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("cannot be put in order now")).collect();
+    assert!(told.len() == 1 && told[0].contains("WARN") && told[0].contains(NOBODY), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -263,7 +263,7 @@ fn us(time: Duration) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use ocr_core::InstallId;
+    use ocr_core::{InstallId, queue::LatenessHistogram};
     use prost::Message as _;
 
     use super::*;
@@ -313,6 +313,8 @@ mod tests {
             max_connections: usize::MAX,
             counters,
             lateness: Some(LatenessQuantiles { p50: LONG, p99: LONG }),
+            lateness_since_start: LatenessHistogram::default(),
+            waits_since_start: LatenessHistogram::default(),
             running: vms.iter().copied().map(running).collect(),
             vms: vms.iter().copied().map(machine).collect(),
             periodics: Vec::new(),

@@ -295,6 +295,9 @@ pub struct ServeArgs {
     /// Folder with Deputy packages
     #[arg(long, value_name = "FOLDER")]
     pub packages: PathBuf,
+    /// Address of the metrics page, such as 127.0.0.1:9100; without it there is none
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// File of the embedded store; without it records are lost at the end
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,

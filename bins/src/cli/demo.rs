@@ -118,7 +118,7 @@ impl Stage {
         let (servers, machiner, executor) = match backend.backend {
             BackendKind::Memory => {
                 let listen = ([127, 0, 0, 1], 0).into();
-                let serving = serve::start(backends.clone(), &backend, listen, packages, None).await?;
+                let serving = serve::start(backends.clone(), &backend, listen, packages, None, None).await?;
                 let address = serving.address().to_string();
                 (Servers::InProcess(serving), address.clone(), address)
             }

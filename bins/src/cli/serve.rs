@@ -13,11 +13,14 @@ use super::{
 use crate::{
     backends::Backends,
     logging,
+    metrics::MetricsSettings,
     service::{Service, open_store, stop_on_signals, wait_for_backend},
     settings::{LogSettings, Store},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
+/// As METRICS_TOP's default.
+const METRICS_TOP: usize = 100;
 const GRACE: Duration = Duration::from_secs(25);
 
 /// Serves until SIGTERM or SIGINT.
@@ -26,7 +29,8 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let _log = logging::start(&log).map_err(Failure::new)?;
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
-    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref()).await?;
+    let metrics = args.metrics.map(|address| MetricsSettings { address, top: METRICS_TOP });
+    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref(), metrics).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -69,6 +73,7 @@ pub(crate) async fn start(
     listen: SocketAddr,
     packages: &Path,
     state: Option<&Path>,
+    metrics: Option<MetricsSettings>,
 ) -> Result<Serving, Failure> {
     let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
     let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
@@ -86,7 +91,8 @@ pub(crate) async fn start(
         SchedulerConfig::default(),
     );
     let bound = service.bind(listen, Generation::Newer, true).await?;
+    let metrics = service.bind_metrics(metrics, &bound).await?;
     let (address, stop) = (bound.local_addr(), CancellationToken::new());
-    let task = tokio::spawn(service.run(bound, RECONCILE_INTERVAL, GRACE, stop.clone()));
+    let task = tokio::spawn(service.run(bound, metrics, RECONCILE_INTERVAL, GRACE, stop.clone()));
     Ok(Serving { address, stop, task })
 }

@@ -8,6 +8,6 @@ pub mod scheduler;
 
 pub use fair::GateEvent;
 pub use scheduler::{
-    GateEvents, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig,
-    Tick, VmQueue,
+    GateEvents, LatenessHistogram, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler,
+    SchedulerConfig, Tick, VmQueue,
 };

@@ -35,7 +35,7 @@ use tokio_util::task::TaskTracker;
 
 use super::{
     fair::{Cancelled, Counters, FairQueue, Finished, Full, GateEvent, Limits, OpId, Start},
-    lateness::Lateness,
+    lateness::{Lateness, Tally},
 };
 use crate::{Error, ErrorKind, Result, Retry, VmId, error::reason};
 
@@ -143,6 +143,10 @@ pub struct QueueSnapshot {
     pub counters: Counters,
     /// Lateness of the latest few thousand runs of periodic operations, median and 99th percentile.
     pub lateness: Option<LatenessQuantiles>,
+    /// Lateness of all runs of periodic operations since the start, but for first ones.
+    pub lateness_since_start: LatenessHistogram,
+    /// How long first runs and one-shots waited, since the start.
+    pub waits_since_start: LatenessHistogram,
     /// What runs, the longest running first.
     pub running: Vec<RunningOp>,
     /// Machines with operations, or on probation, by id.
@@ -209,6 +213,17 @@ pub struct LatenessQuantiles {
     pub p99: Duration,
 }
 
+/// How many values lie where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LatenessHistogram {
+    /// Upper bounds, rising, and how many values lie under each and not under the one before.
+    pub buckets: Vec<(Duration, u64)>,
+    /// How many lie over all bounds.
+    pub over: u64,
+    /// All values together.
+    pub sum: Duration,
+}
+
 impl Scheduler {
     /// Starts a scheduler; its workers are tasks on the current tokio runtime, whose timers must be enabled. They end
     /// with [`Scheduler::shutdown`], or when the last clone and the last [`Periodic`] are dropped.
@@ -231,6 +246,8 @@ impl Scheduler {
                 alarm_us: NEVER_US,
                 closed: false,
                 lateness: Lateness::default(),
+                late: Tally::default(),
+                waits: Tally::default(),
                 workers: Vec::new(),
             }),
             config,
@@ -359,6 +376,8 @@ impl Scheduler {
                 max_connections: state.slots,
                 counters,
                 lateness: state.lateness.quantiles(),
+                lateness_since_start: state.late.histogram(),
+                waits_since_start: state.waits.histogram(),
                 running: running.collect(),
                 vms: vms.collect(),
                 periodics: periodics.collect(),
@@ -598,6 +617,10 @@ struct State {
     closed: bool,
     /// Of all periodic operations.
     lateness: Lateness,
+    /// The same since the start.
+    late: Tally,
+    /// Of first runs and one-shots, since the start.
+    waits: Tally,
     workers: Vec<AbortHandle>,
 }
 
@@ -819,10 +842,14 @@ impl Worker {
         let task = state.tasks.get_mut(start.op.index())?.as_mut()?;
         let job = task.job.take()?;
         let lateness = Duration::from_micros(now_us.saturating_sub(start.planned_us));
+        if start.run == 0 {
+            state.waits.record(lateness);
+        }
         if let Some(fare) = &mut task.fare {
             fare.note(now_us, start.run, start.skipped, lateness);
             if start.run > 0 {
                 state.lateness.record(lateness);
+                state.late.record(lateness);
                 if state.vms.len() <= start.vm_index {
                     state
                         .vms
