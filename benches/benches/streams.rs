@@ -26,8 +26,9 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt as _, stream::SelectAll, task::AtomicWaker};
 use ocr_benches::{ROUNDS, cpu_time, figure, median, remark, resident_bytes};
 use ocr_core::{
-    ComputeBackend, Deletion, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, PutFile, Result, VmId,
-    exec::{Account, ConditionRequest, Config, Executor, Parts, Probe},
+    ComputeBackend, Deletion, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, PutFiles, RemoveFiles,
+    Result, VmId,
+    exec::{Account, ConditionRequest, Config, Executor, Parts, Probe, SecretStorage},
     memory::{MemoryCloud, MemoryState},
     package::LocalFolder,
     queue::{Scheduler, SchedulerConfig},
@@ -50,8 +51,9 @@ use tonic::{Request, Response, Status, transport::Endpoint};
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 const STREAMS: usize = 50_000;
-/// As many as a client with one channel for each of a few deployers would have.
-const CONNECTIONS: usize = 10;
+/// Each with 2,000 streams. A connection's table of streams grows by doubling, so one with 5,000 streams has room for
+/// 8,192, and takes some hundred bytes a stream more.
+const CONNECTIONS: usize = 25;
 /// Conditions of the *shared* server; each has `STREAMS / SHARED` streams.
 const SHARED: usize = 50;
 /// Conditions on one machine, of the *own* server.
@@ -399,6 +401,8 @@ async fn executor(
         store: Arc::new(MemoryState::new()),
         packages: Arc::new(LocalFolder::new("/nonexistent")),
         scheduler: scheduler.clone(),
+        secrets: SecretStorage::Memory,
+        fleet: None,
     };
     let executor = Executor::new(parts, Config::default());
     let mut ids = Vec::new();
@@ -431,7 +435,7 @@ impl GuestExec for Gated {
         Err(unused(vm))
     }
 
-    async fn put_file(&self, vm: VmId, _: &PutFile) -> Result<()> {
+    async fn put_files(&self, vm: VmId, _: &PutFiles) -> Result<()> {
         Err(unused(vm))
     }
 
@@ -439,7 +443,7 @@ impl GuestExec for Gated {
         Err(unused(vm))
     }
 
-    async fn remove_file(&self, vm: VmId, _: &str) -> Result<Deletion> {
+    async fn remove_files(&self, vm: VmId, _: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
         Err(unused(vm))
     }
 

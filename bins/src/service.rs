@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use ocr_core::{
     Error, Owner, Result, Retry, StateStore,
-    exec::{self, Executor},
+    exec::{self, Executor, SecretStorage},
     lifecycle::{DeployConfig, DeployParts, Deployer},
     memory::MemoryState,
     package::LocalFolder,
@@ -57,6 +57,7 @@ impl Service {
         store: Arc<dyn StateStore>,
         packages: &Path,
         config: exec::Config,
+        secrets: SecretStorage,
         queue: SchedulerConfig,
     ) -> Self {
         let scheduler = Scheduler::start(queue);
@@ -66,6 +67,8 @@ impl Service {
             store,
             packages: Arc::new(LocalFolder::new(packages)),
             scheduler: scheduler.clone(),
+            secrets,
+            fleet: None,
         };
         self.executor = Some((Executor::new(parts, config), scheduler));
         self

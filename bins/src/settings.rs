@@ -8,10 +8,17 @@ use std::{
     net::{IpAddr, SocketAddr, ToSocketAddrs},
     path::{Path, PathBuf},
     str::FromStr,
+    sync::Arc,
     time::Duration,
 };
 
-use ocr_core::{Owner, exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_core::{
+    Owner,
+    exec::{self, SecretStorage},
+    lifecycle::DeployConfig,
+    queue::scheduler::SchedulerConfig,
+    seal::{SealKey, Sealer},
+};
 use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
 
@@ -170,6 +177,27 @@ pub const VARIABLES: &[Variable] = &[
         "where records are kept: embedded (one file) or memory (lost at the end)",
     ),
     optional("STATE_FILE", BOTH, Some("/var/lib/ocr/SERVER.redb"), "file of the embedded store; one server each"),
+    Variable {
+        secret: true,
+        ..optional(
+            "STATE_KEY",
+            EXECUTOR,
+            None,
+            "key that seals what is secret in the records: 32 bytes in hexadecimal digits or base64; `ocr key` makes one",
+        )
+    },
+    optional(
+        "STATE_KEY_FILE",
+        EXECUTOR,
+        None,
+        "file with such keys instead, one a line: the first seals, all open, so that a key can be changed",
+    ),
+    optional(
+        "SECRETS",
+        EXECUTOR,
+        Some("sealed"),
+        "what becomes of conditions' environments: sealed (by the key; refused without one) or memory (lost at the server's end)",
+    ),
     optional("REDIS_HOST", BOTH, None, "Redis server (not used by this version)"),
     optional("REDIS_PORT", BOTH, None, "port of the Redis server (not used by this version)"),
     Variable {
@@ -331,6 +359,8 @@ pub struct Settings {
     pub queue: SchedulerConfig,
     /// Where packages are.
     pub package_dir: PathBuf,
+    /// What becomes of secrets that are needed again later.
+    pub secrets: SecretStorage,
     /// Whether ConditionService.create answers in the older form.
     pub identifier_reply: bool,
     /// Between two reconciles.
@@ -462,6 +492,7 @@ impl<'a> Reader<'a> {
             Server::Machiner => Default::default(),
         };
         let package_dir = self.only(Server::Executor, |r| PathBuf::from(r.text("PACKAGE_DIR")));
+        let secrets = self.only(Server::Executor, |r| r.secrets(&store));
         let reply = self.only(Server::Executor, |r| r.choice("CONDITION_REPLY", &["executor_response", "identifier"]));
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
@@ -497,6 +528,7 @@ impl<'a> Reader<'a> {
             exec,
             queue,
             package_dir,
+            secrets,
             identifier_reply: reply == "identifier",
             reconcile_interval,
             shutdown_grace,
@@ -544,6 +576,40 @@ impl<'a> Reader<'a> {
             return Store::Memory;
         }
         Store::Embedded(PathBuf::from(self.text("STATE_FILE")))
+    }
+
+    fn secrets(&mut self, store: &Store) -> SecretStorage {
+        let in_memory = self.choice("SECRETS", &["sealed", "memory"]) == "memory";
+        let key = self.maybe("STATE_KEY").map(|text| {
+            let key = SealKey::parse(&text.into()).and_then(|key| Sealer::new(vec![key]));
+            key.map_err(|error| format!("STATE_KEY: {}", error.message()))
+        });
+        let file = self
+            .maybe("STATE_KEY_FILE")
+            .map(|path| read_key_file(Path::new(&path)).map_err(|why| format!("STATE_KEY_FILE: {why}")));
+        if in_memory && (key.is_some() || file.is_some()) {
+            self.warnings.push("SECRETS=memory: nothing is sealed, and the key is not used".to_owned());
+        }
+        let sealer = match (key, file) {
+            (None, None) => None,
+            (Some(_), Some(_)) => {
+                self.faults.push("STATE_KEY: give this or STATE_KEY_FILE, not both".to_owned());
+                None
+            }
+            (Some(sealer), None) | (None, Some(sealer)) => sealer.map_err(|fault| self.faults.push(fault)).ok(),
+        };
+        match sealer {
+            // Records in memory are no safer when they are sealed with a key beside them.
+            _ if in_memory || (sealer.is_none() && *store == Store::Memory) => SecretStorage::Memory,
+            Some(sealer) => SecretStorage::Sealed(Arc::new(sealer)),
+            None => {
+                self.warnings.push(
+                    "there is no STATE_KEY or STATE_KEY_FILE: conditions with an environment are refused; `ocr key` makes a key"
+                        .to_owned(),
+                );
+                SecretStorage::Refuse
+            }
+        }
     }
 
     fn log(&mut self) -> LogSettings {
@@ -632,6 +698,30 @@ impl<'a> Reader<'a> {
         text
     }
 }
+
+/// Reads a file of keys.
+///
+/// # Errors
+/// What is wrong with it; keys are not repeated.
+pub fn read_key_file(path: &Path) -> Result<Sealer, String> {
+    let bytes = std::fs::metadata(path).and_then(|about| {
+        if about.len() > MAX_KEY_FILE_BYTES {
+            Err(std::io::ErrorKind::FileTooLarge.into())
+        } else {
+            std::fs::read(path)
+        }
+    });
+    let text = bytes
+        .map_err(|error| format!("{}: {error}", path.display()))
+        .and_then(|bytes| String::from_utf8(bytes).map_err(|_| format!("{}: is no text", path.display())))?;
+    Sealer::parse(&text.into()).map_err(|error| {
+        let place = error.resource().map(|line| format!("{line}: ")).unwrap_or_default();
+        format!("{}: {place}{}", path.display(), error.message())
+    })
+}
+
+/// Far more than [`ocr_core::seal::MAX_KEYS`] keys with comments take.
+const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
 
 fn table_entry(name: &'static str) -> &'static Variable {
     match VARIABLES.iter().find(|variable| variable.name == name) {
@@ -758,6 +848,48 @@ mod tests {
         let shown: Vec<_> = settings.effective().collect();
         assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
         assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
+    }
+
+    fn executor(more: &[(&str, &str)]) -> Result<Settings, Faults> {
+        let mut values = good();
+        values.insert("EXECUTOR_PORT".to_owned(), "7000".to_owned());
+        values.extend(more.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        Settings::read(Server::Executor, &values)
+    }
+
+    #[test]
+    fn secrets_are_sealed_with_a_key_and_refused_without_one_unless_memory_is_told() {
+        let key = SealKey::generate().reveal();
+        let key = secrecy::ExposeSecret::expose_secret(&key);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), format!("# ours\n{key}\n")).unwrap();
+        let file = file.path().to_str().unwrap();
+        let storage = |more: &[(&str, &str)]| executor(more).unwrap().secrets;
+        assert!(matches!(storage(&[]), SecretStorage::Refuse));
+        assert!(matches!(storage(&[("STATE_STORE", "memory")]), SecretStorage::Memory));
+        assert!(matches!(storage(&[("SECRETS", "memory")]), SecretStorage::Memory));
+        assert!(matches!(storage(&[("STATE_KEY", key)]), SecretStorage::Sealed(_)));
+        assert!(matches!(storage(&[("STATE_KEY_FILE", file)]), SecretStorage::Sealed(_)));
+        assert!(matches!(storage(&[("STATE_KEY_FILE", file), ("STATE_STORE", "memory")]), SecretStorage::Sealed(_)));
+        assert_eq!(executor(&[]).unwrap().warnings.len(), 1);
+        assert_eq!(executor(&[("STATE_KEY", key)]).unwrap().warnings, [""; 0]);
+        assert!(!format!("{:?}", executor(&[("STATE_KEY", key)]).unwrap()).contains(key));
+    }
+
+    #[test]
+    fn a_key_that_cannot_be_used_is_a_fault_that_does_not_repeat_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "\ncanary-7f3a\n").unwrap();
+        let path = file.path().to_str().unwrap();
+        for (more, want) in [
+            (&[("STATE_KEY", "canary-7f3a")][..], "STATE_KEY: key: wants 32 bytes"),
+            (&[("STATE_KEY_FILE", path)], "line 2: key: wants 32 bytes"),
+            (&[("STATE_KEY_FILE", "/no/such/file")], "STATE_KEY_FILE: /no/such/file: No such file"),
+            (&[("STATE_KEY", "x"), ("STATE_KEY_FILE", path)], "STATE_KEY: give this or STATE_KEY_FILE, not both"),
+        ] {
+            let faults = executor(more).unwrap_err().to_string();
+            assert!(faults.contains(want) && !faults.contains("canary"), "{faults}");
+        }
     }
 
     #[test]

@@ -93,9 +93,14 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let Some(backends) = wait_for_backend(open, &stop).await? else { return Ok(()) };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, store, settings.deploy),
-        Server::Executor => {
-            Service::default().with_executor(&backends, store, &settings.package_dir, settings.exec, settings.queue)
-        }
+        Server::Executor => Service::default().with_executor(
+            &backends,
+            store,
+            &settings.package_dir,
+            settings.exec,
+            settings.secrets,
+            settings.queue,
+        ),
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };
     let bound = service.bind(settings.listen, generation, settings.reflection).await?;

@@ -61,7 +61,9 @@ impl Serve {
         ]);
         let state = folder.join("state.redb");
         prepare(&state).await;
-        serve.arg(&packages).arg("--state").arg(&state);
+        let keys = folder.join("keys");
+        std::fs::write(&keys, "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff\n").unwrap();
+        serve.arg(&packages).arg("--state").arg(&state).arg("--state-key-file").arg(keys);
         let server = Server::start(serve, &folder.join("log"));
         server.serving(SOON).await;
         Self { server, state }
@@ -671,4 +673,24 @@ async fn every_program_tells_its_version_and_its_use() {
             assert!(said.contains(wanted), "{program} {option}: {said}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_new_key_is_one_that_a_server_takes() {
+    let text = ocr(&["key"]).await.stdout;
+    let json = ocr(&["--json", "key"]).await.stdout;
+    let key: Value = serde_json::from_str(&json).unwrap();
+    assert_ne!(text.trim(), key["key"], "two keys must not be the same");
+    let file = keeper().new_folder("key").join("keys");
+    std::fs::write(&file, format!("# present\n{text}\n# before\n{}\n", key["key"].as_str().unwrap())).unwrap();
+    let mut executor = command(EXECUTOR);
+    executor.args(["--check-config"]).envs([
+        ("GLOBAL_HOST", "127.0.0.1"),
+        ("GLOBAL_INSECURE", "false"),
+        ("EXECUTOR_PORT", "0"),
+        ("BACKEND", "libvirt"),
+        ("STATE_KEY_FILE", file.to_str().unwrap()),
+    ]);
+    let said = run(SOON, executor).await.stdout;
+    assert!(said.contains("STATE_KEY_FILE=") && !said.contains(text.trim()), "{said}");
 }

@@ -110,10 +110,14 @@ pub mod reason {
     pub const COMMAND_FAILED: &str = "COMMAND_FAILED";
     /// A lease was lost or taken over by a holder with a newer token.
     pub const LEASE_LOST: &str = "LEASE_LOST";
+    /// A guest has seen a newer fencing token than the request's.
+    pub const FENCED: &str = "FENCED";
     /// A write expected another version than the one stored.
     pub const VERSION_MISMATCH: &str = "VERSION_MISMATCH";
     /// The package named is not in the registry, or no version matches.
     pub const PACKAGE_NOT_FOUND: &str = "PACKAGE_NOT_FOUND";
+    /// A secret was sealed with a key that is not at hand, or there is no key to seal one with.
+    pub const SEALED: &str = "SEALED";
     /// The queue is full; come back later.
     pub const QUEUE_FULL: &str = "QUEUE_FULL";
 }

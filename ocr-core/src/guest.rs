@@ -1,12 +1,14 @@
 //! [`GuestExec`]: act inside a running machine, without a network.
 
+pub mod posix;
+
 use std::{collections::BTreeMap, fmt, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use crate::{Deletion, Error, OperationId, OsFamily, Result, VmId};
+use crate::{Deletion, Error, ErrorKind, FencingToken, OperationId, OsFamily, Result, VmId, error::reason};
 
 /// Copies files into a guest and runs commands in it.
 ///
@@ -34,6 +36,25 @@ use crate::{Deletion, Error, OperationId, OsFamily, Result, VmId};
 /// - A machine without an agent channel MUST give `AGENT_ABSENT` as soon as it runs [case: guest_agent_absent].
 /// - A path that is not absolute, has a `.` or `..` part, ends in `/` or has a NUL byte MUST fail with `Invalid`
 ///   [case: guest_bad_path].
+///
+/// # Fencing
+/// `put_files`, `remove_files` and `exec` may come under a [`FencingToken`]: the right to act in this guest, which rises
+/// each time it goes to somebody else. It is the guest's side that keeps the newest token it has seen, for as long as
+/// the guest's disk lives, since whoever lost the right may be the last to learn of it. A request without a token is
+/// neither checked nor waited for.
+///
+/// - A request under an older token than the newest seen MUST be refused with `Conflict`, reason
+///   [`FENCED`](crate::error::reason::FENCED), and change nothing, also when it repeats an operation that ran
+///   [case: guest_fence_refuses] [case: guest_fence_files]. It stays refused after the guest rebooted
+///   [case: guest_fence_reboot].
+/// - The newest token MUST count as seen from the moment on at which a request under it arrives, and without
+///   one nothing MUST be refused [case: guest_fence_none].
+/// - What began under an older token and still works MUST have ended before a request under a newer one has any effect,
+///   so that no two overlap [case: guest_fence_waits]. That wait is bounded, for `exec` by the request's own deadline,
+///   which begins anew when the command does; past it the request MUST fail with `TimedOut`, safe to repeat, and have
+///   done nothing [case: guest_fence_wait_ends].
+/// - A repeat of an operation under a newer token MUST be answered with the result of the run under the older one
+///   [case: guest_fence_takes_over].
 #[async_trait]
 pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// What this backend can do. It never changes while the backend lives.
@@ -47,9 +68,14 @@ pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// - An agent that answers MUST be reported with its commands [case: guest_info_ready].
     async fn guest_info(&self, vm: VmId) -> Result<GuestInfo>;
 
-    /// Writes a whole file: to a temporary name beside the target, verified by digest, then renamed.
+    /// Writes whole files: all to temporary names beside their targets, verified by digest, then each renamed.
+    ///
+    /// Nothing is renamed before all are there. When the guest fails between two renames, those before it stay.
     ///
     /// # Behavior
+    /// - All files MUST be there in the end, wherever they go and whatever mode they have [case: guest_put_many].
+    /// - An error that is about one file MUST name it, and none of the files MUST have been changed then
+    ///   [case: guest_put_names_the_file]. A path that is named twice MUST fail with `Invalid` [case: guest_put_twice].
     /// - The content MUST arrive byte for byte, of any size up to [`GuestCapabilities::max_file_bytes`], also empty
     ///   and not text [case: guest_put_roundtrip].
     /// - A repeat MUST replace the file; a reader sees the old or the new whole, never a part [case: guest_put_replace].
@@ -57,7 +83,8 @@ pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// - Missing parent folders MUST be made when `make_parents` is set [case: guest_put_parents], and MUST give
     ///   `NotFound` otherwise [case: guest_put_no_parents].
     /// - A target that is a folder MUST fail with `Invalid` or `Conflict` and change nothing [case: guest_put_onto_folder].
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()>;
+    /// - A call that was interrupted may leave temporary files; the next `put_files` or `remove_files` removes them.
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()>;
 
     /// Reads a whole file of at most `limit_bytes`.
     ///
@@ -66,12 +93,15 @@ pub trait GuestExec: fmt::Debug + Send + Sync + 'static {
     /// - A larger file MUST fail with `Exhausted`, naming the limit [case: guest_get_limit].
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes>;
 
-    /// Removes a file. Folders are never removed.
+    /// Removes files, and what interrupted `put_files` left, whatever its paths; the latter also when no path is given.
+    /// Folders are never removed. The answer has an outcome for each path, in their order.
     ///
     /// # Behavior
-    /// - The file MUST be gone; one that is not there MUST be `Ok(AlreadyGone)` [case: guest_remove].
-    /// - A folder MUST be refused with `Invalid` or `Conflict` and stay [case: guest_remove_folder].
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion>;
+    /// - The files MUST be gone; one that is not there MUST be `Ok(AlreadyGone)` [case: guest_remove].
+    /// - A folder MUST be refused with `Invalid` or `Conflict` and stay [case: guest_remove_folder]; the other paths of the
+    ///   request MUST be removed all the same [case: guest_remove_many].
+    /// - A bad path fails the whole call, and nothing is removed.
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>>;
 
     /// Runs a command to its end.
     ///
@@ -126,6 +156,24 @@ pub trait GuestExecExt: GuestExec {
         }
     }
 
+    /// Writes one file, without a fence.
+    ///
+    /// # Errors
+    /// Those of [`GuestExec::put_files`].
+    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
+        self.put_files(vm, &PutFiles { files: vec![file.clone()], fence: None }).await
+    }
+
+    /// Removes one file, without a fence.
+    ///
+    /// # Errors
+    /// Those of [`GuestExec::remove_files`].
+    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
+        let request = RemoveFiles { paths: vec![path.to_owned()], fence: None };
+        let outcomes = self.remove_files(vm, &request).await?;
+        outcomes.into_iter().next().unwrap_or_else(|| Err(Error::internal("no outcome for the file to remove")))
+    }
+
     /// Runs one shell line as the agent's own user, with a fresh operation id and usual limits.
     ///
     /// # Errors
@@ -140,7 +188,7 @@ impl<T: GuestExec + ?Sized> GuestExecExt for T {}
 /// What a [`GuestExec`] can do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestCapabilities {
-    /// The largest file that `put_file` takes, in bytes.
+    /// The largest file that `put_files` takes, in bytes.
     pub max_file_bytes: u64,
     /// The most output, each of stdout and stderr, that `exec` can return, in bytes.
     pub max_output_bytes: u64,
@@ -199,6 +247,89 @@ impl PutFile {
     }
 }
 
+/// Files to write into a guest, together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PutFiles {
+    /// The files; no path twice. None at all is fine and does nothing but to check the fence.
+    pub files: Vec<PutFile>,
+    /// Under which right; see [`GuestExec`].
+    pub fence: Option<FencingToken>,
+}
+
+impl PutFiles {
+    /// Files without a fence.
+    pub fn new(files: Vec<PutFile>) -> Self {
+        Self { files, fence: None }
+    }
+
+    /// The bytes of all contents.
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.content.len() as u64).sum()
+    }
+
+    /// Checks what no guest can take. Backends call this first; paths are theirs to check.
+    ///
+    /// # Errors
+    /// `Invalid` naming the file.
+    pub fn check(&self, max_file_bytes: u64) -> Result<()> {
+        let mut paths = std::collections::HashSet::new();
+        for file in &self.files {
+            let path = crate::id::shown(&file.path);
+            if !paths.insert(file.path.as_str()) {
+                return Err(Error::invalid("path", format_args!("{path} is there twice")));
+            }
+            if let Some(mode) = file.mode.filter(|mode| *mode > 0o7777) {
+                return Err(Error::invalid(
+                    "mode",
+                    format_args!("wants permission bits up to 7777, got {mode:o} for {path}"),
+                ));
+            }
+            let bytes = file.content.len() as u64;
+            if bytes > max_file_bytes {
+                return Err(Error::invalid(
+                    "content",
+                    format_args!("at most {max_file_bytes} bytes, got {bytes} for {path}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Files to remove from a guest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RemoveFiles {
+    /// Absolute paths in the guest.
+    pub paths: Vec<String>,
+    /// Under which right; see [`GuestExec`].
+    pub fence: Option<FencingToken>,
+}
+
+impl RemoveFiles {
+    /// Files without a fence.
+    pub fn new<I: IntoIterator<Item = S>, S: Into<String>>(paths: I) -> Self {
+        Self { paths: paths.into_iter().map(Into::into).collect(), fence: None }
+    }
+}
+
+/// The error of a request under an older token than the guest has seen.
+pub fn fenced(token: FencingToken) -> Error {
+    Error::new(
+        ErrorKind::Conflict,
+        format!("somebody with a newer right than {} acts in this guest now; nothing was done", token.0),
+    )
+    .with_reason(reason::FENCED)
+}
+
+/// The error of a request under a newer token than what still works in the guest, which did not end in time.
+pub fn fence_wait_ended(waited: Duration) -> Error {
+    Error::timed_out(format!(
+        "what began in the guest under an older right did not end in {}; nothing was done",
+        crate::error::seconds(waited)
+    ))
+    .with_retry(crate::Retry::Safe)
+}
+
 /// A command to run in a guest. Its `Debug` shows neither environment values nor stdin.
 #[derive(Clone)]
 pub struct ExecRequest {
@@ -218,6 +349,8 @@ pub struct ExecRequest {
     pub output_limit_bytes: u64,
     /// Where output goes while the command runs; the bound is the channel's.
     pub progress: Option<mpsc::Sender<OutputChunk>>,
+    /// Under which right; see [`GuestExec`].
+    pub fence: Option<FencingToken>,
 }
 
 impl ExecRequest {
@@ -237,6 +370,7 @@ impl ExecRequest {
             deadline: Self::DEADLINE,
             output_limit_bytes: Self::OUTPUT_LIMIT_BYTES,
             progress: None,
+            fence: None,
         }
     }
 
@@ -297,6 +431,7 @@ impl fmt::Debug for ExecRequest {
             .field("stdin_bytes", &self.stdin.len())
             .field("deadline", &self.deadline)
             .field("output_limit_bytes", &self.output_limit_bytes)
+            .field("fence", &self.fence)
             .finish()
     }
 }

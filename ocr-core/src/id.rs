@@ -81,6 +81,11 @@ uuid_id!(
     /// a repeated request is answered and not run again.
     OperationId, "operation id"
 );
+uuid_id!(
+    /// One session of one executor in a [`fleet`](crate::fleet). It is never used again: who lost its session and comes
+    /// back is another member.
+    MemberId, "member id"
+);
 
 /// The longest text of a user's that an error repeats, in characters.
 const SHOWN_CHARS: usize = 64;

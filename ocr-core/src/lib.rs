@@ -62,6 +62,7 @@ pub mod compute;
 pub mod conformance;
 pub mod error;
 pub mod exec;
+pub mod fleet;
 pub mod guest;
 pub mod id;
 pub mod image;
@@ -71,6 +72,7 @@ pub mod memory;
 pub mod network;
 pub mod package;
 pub mod queue;
+pub mod seal;
 pub mod signal;
 pub mod state;
 
@@ -80,8 +82,9 @@ pub use compute::{
 pub use error::{Error, ErrorKind, Result, Retry};
 pub use guest::{
     Command, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestExecExt, GuestInfo, OutputChunk, PutFile,
+    PutFiles, RemoveFiles,
 };
-pub use id::{ImageId, InstallId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
+pub use id::{ImageId, InstallId, MemberId, Name, NetworkId, OperationId, Owner, RequestId, Scope, Tags, VmId};
 pub use image::{
     DiskFormat, Image, ImageBackend, ImageBackendExt, ImageCapabilities, ImageFilter, ImageSource, ImageSpec,
     ImageState, OsFamily,

@@ -17,19 +17,34 @@ use crate::{Error, Result, state::Key};
 /// Carries short notices to whoever listens now: hints, never truth.
 ///
 /// What must not be lost belongs into the [`StateStore`](crate::StateStore); a notice only says that it is worth a look
-/// there, so that nobody has to poll. A notice may be lost, and then the listener is told of a [`Notice::Gap`].
+/// there, so that nobody has to poll. A notice may be lost, and then the listener is told of a [`Notice::Gap`]. Each MUST
+/// is checked by the conformance case named beside it.
 #[async_trait]
 pub trait Signals: fmt::Debug + Send + Sync + 'static {
-    /// Sends a notice to all who listen to the topic, the sender's own listeners too. None is fine.
+    /// Sends a notice to all who listen to the topic, the sender's own listeners too.
+    ///
+    /// # Behavior
+    /// - Every listener of the topic MUST hear it [case: signal_everyone], and nobody of another topic
+    ///   MUST hear it [case: signal_topics]. Without any listener it MUST be fine [case: signal_nobody].
+    /// - A payload of any bytes up to [`MAX_NOTICE_BYTES`] MUST arrive as sent [case: signal_payload]; a larger one MUST
+    ///   fail with `Invalid` [case: signal_payload_too_large].
     ///
     /// # Errors
-    /// `Invalid` for a payload over [`MAX_NOTICE_BYTES`]; `Unavailable` when the carrier is away: it may have been sent.
+    /// `Unavailable` or `TimedOut` when the carrier is away: it may have been sent.
     async fn send(&self, topic: &Key, payload: Bytes) -> Result<()>;
 
-    /// Listens to a topic from now on: what is sent after this has returned is heard, in the order of each sender.
+    /// Listens to a topic from now on.
     ///
-    /// The stream never ends. After trouble it carries on by itself, with a [`Notice::Gap`] in place of what was missed; so
-    /// it does for a listener that is [`BACKLOG`] notices behind.
+    /// The stream never ends. After trouble it carries on by itself, with a [`Notice::Gap`] when something may have been
+    /// missed.
+    ///
+    /// # Behavior
+    /// - What is sent after this has returned MUST be heard, in the order of each sender [case: signal_order]; what was
+    ///   sent before MUST NOT be [case: signal_from_now_on].
+    /// - A listener that is more than [`BACKLOG`] notices behind MUST hear a [`Notice::Gap`] in place of the oldest, and
+    ///   then the others [case: signal_backlog].
+    /// - Dropping the stream ends the listening; other listeners MUST go on, and a new one MUST hear again
+    ///   [case: signal_drop].
     ///
     /// # Errors
     /// `Unavailable` when the carrier is away.

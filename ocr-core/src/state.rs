@@ -10,6 +10,8 @@ use crate::{Deletion, Error, ErrorKind, Result, Retry, error::reason};
 
 #[cfg(feature = "embedded")]
 pub mod embedded;
+#[cfg(feature = "redis")]
+pub mod redis;
 
 /// Keeps records under keys, each with a version that only grows.
 ///

@@ -60,7 +60,7 @@ pub fn error(status: &Status) -> Error {
     error
 }
 
-const REASONS: [&str; 10] = [
+const REASONS: [&str; 12] = [
     reason::AGENT_ABSENT,
     reason::AGENT_NOT_READY,
     reason::AGENT_COMMAND_DISABLED,
@@ -68,8 +68,10 @@ const REASONS: [&str; 10] = [
     reason::GUEST_NOT_RUNNING,
     reason::COMMAND_FAILED,
     reason::LEASE_LOST,
+    reason::FENCED,
     reason::VERSION_MISMATCH,
     reason::PACKAGE_NOT_FOUND,
+    reason::SEALED,
     reason::QUEUE_FULL,
 ];
 

@@ -18,7 +18,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use ocr_core::{
-    Deletion, Error, ErrorKind, ExecRequest, GuestExec, OutputChunk, PutFile, Result, Retry, VmId,
+    Deletion, Error, ErrorKind, ExecRequest, GuestExec, GuestExecExt, OutputChunk, PutFile, Result, Retry, VmId,
     conformance::{Subject, assert_all},
     error::reason,
 };
@@ -168,7 +168,6 @@ impl AgentLink for Socket {
 }
 
 async fn ready(rig: &Arc<Rig>) -> AgentGuest<Socket> {
-    use ocr_core::GuestExecExt;
     let guest = rig.guest();
     guest.wait_ready(rig.vm, Duration::from_secs(20), Duration::from_millis(50)).await.expect("the agent answers");
     guest

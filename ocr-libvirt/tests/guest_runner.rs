@@ -18,8 +18,14 @@ use std::{
 
 use tempfile::TempDir;
 
-const RUN: &str = include_str!("../src/guest/runner.sh");
-const FILE: &str = include_str!("../src/guest/files.sh");
+const RUN: &str = concat!(
+    include_str!("../../ocr-core/src/guest/posix/common.sh"),
+    include_str!("../../ocr-core/src/guest/posix/runner.sh")
+);
+const FILE: &str = concat!(
+    include_str!("../../ocr-core/src/guest/posix/common.sh"),
+    include_str!("../../ocr-core/src/guest/posix/files.sh")
+);
 
 /// What one answer may have of each output.
 const INLINE: usize = 4096;
@@ -75,10 +81,38 @@ struct Request<'a> {
     limit: usize,
     user: &'a str,
     since_cs: u64,
+    token: Option<u64>,
 }
 
 fn line<'a>(operation: &'a str, line: &'a str) -> Request<'a> {
-    Request { operation, line, stdin: None, deadline_cs: 6000, limit: 100_000, user: "", since_cs: 0 }
+    Request { operation, line, stdin: None, deadline_cs: 6000, limit: 100_000, user: "", since_cs: 0, token: None }
+}
+
+fn under<'a>(token: u64, operation: &'a str, text: &'a str) -> Request<'a> {
+    Request { token: Some(token), ..line(operation, text) }
+}
+
+fn token_text(token: Option<u64>) -> String {
+    token.map_or("-".to_owned(), |token| format!("{token:020}"))
+}
+
+/// Files in one group: folder, whether it is made, mode, owner, then names and contents.
+type Group<'a> = (&'a str, &'a str, &'a str, &'a str, &'a [(&'a str, &'a [u8])]);
+
+/// What is sent for files: the whole, and how much of it is shell text.
+fn stream(groups: &[Group<'_>]) -> (Vec<u8>, usize) {
+    let (mut text, mut sizes, mut contents) = (String::new(), String::new(), Vec::new());
+    for (folder, parents, mode, owner, files) in groups {
+        text.push_str(&format!("g '{folder}' {parents} {mode} '{owner}'"));
+        for (name, content) in *files {
+            text.push_str(&format!(" './{name}'"));
+            sizes.push_str(&format!("{} ", content.len()));
+            contents.extend_from_slice(content);
+        }
+        text.push('\n');
+    }
+    let text = format!("sizes='{sizes}'\n{text}true");
+    ([text.as_bytes(), &contents].concat(), text.len())
 }
 
 /// What the runner answered.
@@ -117,9 +151,16 @@ impl Guest {
     }
 
     fn start(&self, script: &str, arguments: &[String], input: &[u8]) -> Child {
+        let mut child = self.spawn(script, arguments);
+        // Who only repeats does not listen.
+        let _ = child.stdin.take().unwrap().write_all(input);
+        child
+    }
+
+    fn spawn(&self, script: &str, arguments: &[String]) -> Child {
         // The guest's shell is the one under test.
         let script = script.replace("/bin/sh", self.shell.to_str().unwrap());
-        let mut child = Command::new(&self.shell)
+        Command::new(&self.shell)
             .args(["-c", &script, "ocr-run"])
             .args(arguments)
             .env_clear()
@@ -128,10 +169,7 @@ impl Guest {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .unwrap();
-        // Who only repeats does not listen.
-        let _ = child.stdin.take().unwrap().write_all(input);
-        child
+            .unwrap()
     }
 
     fn ask(&self, request: &Request<'_>) -> Child {
@@ -155,6 +193,7 @@ impl Guest {
             staged.to_owned(),
             request.user.to_owned(),
             request.since_cs.to_string(),
+            token_text(request.token),
         ];
         self.start(RUN, &arguments, input)
     }
@@ -167,15 +206,51 @@ impl Guest {
         self.run(&line(operation, text))
     }
 
-    fn file(&self, arguments: &[&str], input: &[u8]) -> Answer {
+    fn start_file(&self, arguments: &[&str], input: &[u8]) -> Child {
         let base = self.base().to_str().unwrap().to_owned();
         let mut all = vec![arguments[0].to_owned(), base];
         all.extend(arguments[1..].iter().map(|argument| (*argument).to_owned()));
-        Answer::of(self.start(FILE, &all, input).wait_with_output().unwrap())
+        self.start(FILE, &all, input)
+    }
+
+    fn file(&self, arguments: &[&str], input: &[u8]) -> Answer {
+        Answer::of(self.start_file(arguments, input).wait_with_output().unwrap())
     }
 
     fn put(&self, path: &str, content: &[u8], mode: &str, owner: &str, parents: &str) -> Answer {
-        self.file(&["put", path, "", &digest(content), mode, owner, parents, "id"], content)
+        let (folder, name) = path.rsplit_once('/').unwrap();
+        self.put_groups(None, &[(folder, parents, mode, owner, &[(name, content)])])
+    }
+
+    fn put_groups(&self, token: Option<u64>, groups: &[Group<'_>]) -> Answer {
+        let (input, head) = stream(groups);
+        self.put_stream(token, "", &digest(&input), head, "0", &input)
+    }
+
+    fn put_stream(
+        &self,
+        token: Option<u64>,
+        staged: &str,
+        sum: &str,
+        head: usize,
+        packed: &str,
+        input: &[u8],
+    ) -> Answer {
+        let (token, head) = (token_text(token), head.to_string());
+        self.file(&["put", "id", &token, "500", staged, sum, &head, packed], input)
+    }
+
+    /// The letters for these paths.
+    fn remove(&self, token: Option<u64>, paths: &[&str]) -> String {
+        let words: String = paths.iter().map(|path| format!(" '{path}'")).collect();
+        let text = if paths.is_empty() { "true\n#ocr".to_owned() } else { format!("g{words}\ntrue\n#ocr") };
+        let words = self.file(&["remove", "id", &token_text(token), "500"], text.as_bytes()).words;
+        words.strip_prefix("removed ").unwrap_or(&words).trim_end().to_owned()
+    }
+
+    /// What is in BASE/act: work that goes on, or was left.
+    fn at_work(&self) -> usize {
+        fs::read_dir(self.base().join("act")).map_or(0, Iterator::count)
     }
 
     fn path(&self, name: &str) -> String {
@@ -291,9 +366,8 @@ fn stdin_reaches_the_command_byte_for_byte() {
 #[test]
 fn a_staged_request_is_run_and_removed() {
     under_each_shell(|guest| {
-        assert_eq!(guest.file(&["stage", "x"], b"").words, "ok");
+        assert!(guest.file(&["stage"], b"").words.starts_with("differ"));
         let staged = guest.base().join("in/x");
-        assert_eq!(fs::metadata(&staged).unwrap().permissions().mode() & 0o777, 0o600);
         let (text, stdin) = (format!("cat; echo {}", "y".repeat(3000)), b"to stdin ".as_slice());
         fs::write(&staged, [text.as_bytes(), stdin].concat()).unwrap();
         let ask = || {
@@ -494,8 +568,9 @@ fn a_reboot_in_the_middle_is_told_and_nothing_is_run_again() {
         fs::remove_file(guest.of_operation("a", "result")).unwrap();
         let run = guest.of_operation("a", "run");
         let old = fs::read_to_string(&run).unwrap();
-        let (who, _) = old.trim_end().rsplit_once(' ').unwrap();
-        fs::write(&run, format!("{who} 00000000-0000-4000-8000-000000000000\n")).unwrap();
+        let words: Vec<_> = old.split_whitespace().collect();
+        let other = format!("{} {} 00000000-0000-4000-8000-000000000000 {}\n", words[0], words[1], words[3]);
+        fs::write(&run, other).unwrap();
         assert_eq!(guest.sh("a", &text).words, "rebooted");
         assert_eq!(fs::read_to_string(&count).unwrap(), "x\n");
         // The reboot took the trace with it, but the host knows that it asked before this boot.
@@ -618,7 +693,7 @@ fn a_file_is_put_whole_with_its_mode() {
             assert_eq!(fs::read(&path).unwrap(), content);
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, mode);
         }
-        assert_eq!(guest.names("."), ["bin", "f"]);
+        assert_eq!(guest.names("."), ["a base", "bin", "f"]);
     });
 }
 
@@ -626,26 +701,265 @@ fn a_file_is_put_whole_with_its_mode() {
 fn a_put_that_fails_leaves_what_was_there_and_nothing_else() {
     under_each_shell(|guest| {
         let path = guest.path("f");
+        let folder = guest.path("");
+        let folder = folder.trim_end_matches('/');
         fs::write(&path, "old").unwrap();
-        let (sum, other) = (digest(b"new"), digest(b"other"));
-        // Damaged on the way.
-        assert_eq!(guest.file(&["put", &path, "", &other, "644", "", "0", "id"], b"new").words, "again");
-        assert_eq!(guest.file(&["put", &path, "", &sum, "644", "no-such-user", "0", "id"], b"new").words, "noowner");
-        assert!(guest.file(&["put", &path, "", &sum, "rubbish", "", "0", "id"], b"new").words.starts_with("fail "));
-        assert_eq!(guest.file(&["put", &path, &guest.path("none"), &sum, "644", "", "0", "id"], b"").words, "again");
+        let group = |name: &'static str, mode, owner, content: &'static [u8]| {
+            stream(&[(folder, "0", mode, owner, &[(name, content)])])
+        };
+        let (input, head) = group("f", "644", "", b"new");
+        let sum = digest(&input);
+        // Damaged on the way, or cut.
+        assert_eq!(guest.put_stream(None, "", &digest(b"other"), head, "0", &input).words, "again");
+        assert_eq!(guest.put_stream(None, "", &sum, head, "0", &input[..input.len() - 1]).words, "again");
+        assert_eq!(guest.put(&path, b"new", "644", "no-such-user", "0").words, "noowner 0");
+        assert!(guest.put(&path, b"new", "rubbish", "", "0").words.starts_with("failed 0 "));
+        assert_eq!(guest.put_stream(None, &guest.path("none"), &sum, head, "0", b"").words, "again");
         assert_eq!(fs::read(&path).unwrap(), b"old");
-        assert_eq!(guest.names("."), ["bin", "f"]);
+        assert_eq!(guest.names("."), ["a base", "bin", "f"]);
         // With a staged content, that goes too.
-        assert_eq!(guest.file(&["stage", "x"], b"").words, "ok");
+        assert!(guest.file(&["stage"], b"").words.starts_with("differ"));
         let staged = guest.base().join("in/x");
         let text = staged.to_str().unwrap();
         fs::write(&staged, "new").unwrap();
-        assert_eq!(guest.file(&["put", &path, text, &other, "644", "", "0", "id"], b"").words, "again");
+        assert_eq!(guest.put_stream(None, text, &sum, head, "0", b"").words, "again");
         assert!(!staged.exists());
-        fs::write(&staged, "new").unwrap();
-        assert_eq!(guest.file(&["put", &path, text, &sum, "644", "", "0", "id"], b"").words, "ok");
+        fs::write(&staged, &input).unwrap();
+        assert_eq!(guest.put_stream(None, text, &sum, head, "0", b"").words, "ok");
         assert!(!staged.exists());
         assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(guest.names("."), ["a base", "bin", "f"]);
+        assert_eq!(guest.at_work(), 0);
+    });
+}
+
+#[test]
+fn many_files_come_in_one_stream_and_none_is_changed_before_all_are_there() {
+    under_each_shell(|guest| {
+        let root = guest.path("");
+        let root = root.trim_end_matches('/');
+        let (deep, odd) = (format!("{root}/deep/er"), format!("{root}/odd"));
+        fs::create_dir(&odd).unwrap();
+        let big: Vec<u8> = (0..(3 << 20) + 17_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+        let names = ["-n", " a b ", "*", "line\nfeed", "\\", ".hidden", "ünï"];
+        let odd_files: Vec<_> = names.iter().map(|name| (*name, name.as_bytes())).collect();
+        let groups: [Group<'_>; 3] = [
+            (&deep, "1", "755", "", &[("big", &big), ("empty", b""), ("last", b"no end")]),
+            (&odd, "0", "600", "", &odd_files),
+            (root, "0", "644", "", &[("f", b"f\n\n")]),
+        ];
+        for packed in [false, true] {
+            let (input, head) = stream(&groups);
+            let (sum, flag) = (digest(&input), if packed { "1" } else { "0" });
+            let input = if packed { gzip(&input) } else { input };
+            assert_eq!(guest.put_stream(None, "", &sum, head, flag, &input).words, "ok", "packed: {packed}");
+            for (folder, _, mode, _, files) in &groups {
+                for (name, content) in *files {
+                    let path = format!("{folder}/{name}");
+                    assert!(fs::read(&path).unwrap() == *content, "{path:?}");
+                    let bits = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+                    assert_eq!(format!("{bits:o}"), *mode, "{path:?}");
+                }
+            }
+            assert_eq!(guest.names("."), ["a base", "bin", "deep", "f", "odd"]);
+            assert_eq!(guest.names("odd").len(), names.len());
+            fs::remove_dir_all(format!("{root}/deep")).unwrap();
+        }
+        // The last of them cannot be.
+        let taken: [Group<'_>; 2] = [
+            (&odd, "0", "600", "", &[("-n", b"changed"), ("*", b"changed")]),
+            (root, "0", "644", "", &[("new", b""), ("odd", b"")]),
+        ];
+        assert_eq!(guest.put_groups(None, &taken).words, "folder 3");
+        let lost = format!("{root}/none");
+        let lost: [Group<'_>; 2] = [taken[0], (&lost, "0", "644", "", &[("f", b"")])];
+        assert_eq!(guest.put_groups(None, &lost).words, "noparent 2");
+        assert_eq!(fs::read(format!("{odd}/-n")).unwrap(), b"-n");
+        assert_eq!(guest.names("."), ["a base", "bin", "f", "odd"]);
+        assert_eq!(guest.at_work(), 0);
+    });
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    use flate2::{Compression, write::GzEncoder};
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn what_is_there_already_is_known_by_content_mode_and_owner() {
+    under_each_shell(|guest| {
+        let paths = [guest.path("a"), guest.path("with blank")];
+        for path in &paths {
+            assert_eq!(guest.put(path, b"content", "755", "", "0").words, "ok");
+        }
+        let check = |mode: &str, content: &[u8]| {
+            let text = format!("same {mode} '' '{}' '{}'\ntrue", paths[0], paths[1]);
+            let list = format!("{}  {}\n{}  {}\n", digest(b"content"), paths[0], digest(content), paths[1]);
+            let all = format!("{text}{list}");
+            let (head, bytes) = (text.len().to_string(), all.len().to_string());
+            guest.file(&["check", "id", "-", "500", &head, &bytes], all.as_bytes()).words
+        };
+        let differs = |words: String| assert!(words.starts_with("differ"), "{words}");
+        assert_eq!(check("755", b"content"), "same");
+        differs(check("755", b"other"));
+        differs(check("700", b"content"));
+        fs::remove_file(&paths[0]).unwrap();
+        differs(check("755", b"content"));
+        symlink(&paths[1], &paths[0]).unwrap();
+        differs(check("755", b"content"));
+        assert!(guest.base().join("in").is_dir(), "it is ready for what is to be sent");
+        // Half a list is no list.
+        assert_eq!(guest.file(&["check", "id", "-", "500", "4", "500"], b"true").words, "again");
+        assert_eq!(guest.at_work(), 0);
+    });
+}
+
+#[test]
+fn what_a_killed_put_left_goes_with_the_next_work_whatever_its_paths() {
+    under_each_shell(|guest| {
+        let folder = guest.path("d's");
+        fs::create_dir(&folder).unwrap();
+        let quoted = folder.replace('\'', "'\\''");
+        let (input, head) = stream(&[(&quoted, "0", "644", "", &[("f", b"new"), ("g", b"new")])]);
+        let base = guest.base().to_str().unwrap().to_owned();
+        let arguments = ["put", &base, "id", "-", "500", "", &digest(&input), &head.to_string(), "0"];
+        // Its input does not end.
+        let mut child = guest.spawn(FILE, &arguments.map(str::to_owned));
+        let name = format!("id.{}", child.id());
+        let of_put = |end: &str| guest.base().join(format!("act/{name}.{end}"));
+        wait_until("the put", || of_put("all").exists());
+        // Whoever comes now waits, and gives up when it takes too long.
+        assert_eq!(guest.file(&["remove", "id", "-", "50"], b"true\n#ocr").words, "busy");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // As it would be in the middle of it.
+        fs::write(of_put("head"), &input[..head]).unwrap();
+        let temporary = format!("{folder}/.ocr-{name}-1");
+        fs::create_dir(&temporary).unwrap();
+        fs::write(format!("{temporary}/f"), "ne").unwrap();
+        assert_eq!(guest.remove(None, &[]), "");
+        assert_eq!((fs::read_dir(&folder).unwrap().count(), guest.at_work()), (0, 0));
+        // What is not whole itself names nothing that can be removed.
+        fs::write(of_put("run"), "1 1 another-boot - 5\n").unwrap();
+        fs::write(of_put("head"), &input[..head / 2]).unwrap();
+        assert_eq!(guest.remove(None, &[]), "");
+        assert_eq!(guest.at_work(), 0);
+    });
+}
+
+#[test]
+fn an_older_token_is_refused_and_changes_nothing() {
+    under_each_shell(|guest| {
+        let ran = guest.path("ran");
+        let root = guest.path("");
+        let root = root.trim_end_matches('/');
+        let put = |token| guest.put_groups(Some(token), &[(root, "0", "644", "", &[("f", b"x")])]).words;
+        assert_eq!(guest.run(&under(7, "a", "echo seven")).out(), "seven\n");
+        assert_eq!(guest.run(&under(1_700_000_000_000_000, "b", "true")).words, "done 0 0 0");
+        let text = format!("touch '{ran}'");
+        for token in [0, 7, 8, 1_699_999_999_999_999] {
+            assert_eq!(guest.run(&under(token, "c", &text)).words, "fenced", "{token}");
+            assert_eq!(put(token), "fenced");
+            assert_eq!(guest.remove(Some(token), &[&guest.path("bin/sh")]), "fenced");
+        }
+        assert_eq!(guest.run(&under(7, "a", "echo seven")).words, "fenced", "a repeat");
+        assert!(!Path::new(&ran).exists() && !Path::new(&guest.path("f")).exists() && guest.shell.exists());
+        // The same is no older one, and none at all is not compared.
+        assert_eq!(put(1_700_000_000_000_000), "ok");
+        assert_eq!(guest.sh("d", "true").words, "done 0 0 0");
+        assert_eq!(guest.remove(Some(9_223_372_036_854_775_807), &[&guest.path("f")]), "k");
+        assert_eq!(guest.run(&under(1_700_000_000_000_000, "e", &text)).words, "fenced");
+        assert_eq!(fs::read_dir(guest.base().join("fence")).unwrap().count(), 1, "one token is kept");
+        assert_eq!(guest.at_work(), 0);
+    });
+}
+
+#[test]
+fn of_many_tokens_at_once_the_newest_stays() {
+    under_each_shell(|guest| {
+        let children: Vec<_> =
+            (1..=24_u64).map(|i| guest.ask(&under(i * 5 % 24 + 1, &format!("o{i}"), "true"))).collect();
+        for child in children {
+            let words = Answer::of(child.wait_with_output().unwrap()).words;
+            assert!(words == "done 0 0 0" || words == "fenced", "{words}");
+        }
+        assert_eq!(guest.run(&under(23, "late", "true")).words, "fenced");
+        assert_eq!(guest.run(&under(24, "newest", "true")).words, "done 0 0 0");
+    });
+}
+
+#[test]
+fn a_newer_token_waits_for_what_runs_under_an_older_one() {
+    under_each_shell(|guest| {
+        let log = guest.path("log");
+        let begun =
+            |n: usize| wait_until("the command", || fs::read_to_string(&log).is_ok_and(|t| t.lines().count() >= n));
+        let text = format!("echo a >>'{log}'; sleep 1; echo b >>'{log}'");
+        let older = guest.ask(&under(1, "older", &text));
+        begun(1);
+        // Without a token nothing is waited for.
+        assert_eq!(guest.sh("none", &format!("cat '{log}'")).out(), "a\n");
+        let newer = guest.run(&under(2, "newer", &format!("cat '{log}'")));
+        assert_eq!(newer.out(), "a\nb\n");
+        assert_eq!(Answer::of(older.wait_with_output().unwrap()).words, "done 0 0 0");
+
+        // The same operation under a newer token is the same run.
+        fs::remove_file(&log).unwrap();
+        let older = guest.ask(&under(2, "same", &text));
+        begun(1);
+        let newer = guest.run(&under(3, "same", &text));
+        assert_eq!(newer, Answer::of(older.wait_with_output().unwrap()));
+        assert_eq!(fs::read_to_string(&log).unwrap(), "a\nb\n");
+
+        // Past its own deadline it gives up, and leaves no trace.
+        fs::remove_file(&log).unwrap();
+        let older = guest.ask(&under(3, "long", &format!("echo a >>'{log}'; sleep 3")));
+        begun(1);
+        let hasty = Request { deadline_cs: 50, ..under(4, "hasty", "echo ran") };
+        assert_eq!(guest.run(&hasty).words, "busy");
+        assert_eq!(guest.file(&["remove", "id", &token_text(Some(4)), "50"], b"true\n#ocr").words, "busy");
+        assert!(!guest.of_operation("hasty", "run").exists());
+        assert_eq!(Answer::of(older.wait_with_output().unwrap()).words, "done 0 0 0");
+        assert_eq!(guest.run(&hasty).out(), "ran\n");
+    });
+}
+
+#[test]
+fn one_that_waits_is_refused_when_a_newer_token_comes() {
+    under_each_shell(|guest| {
+        let log = guest.path("log");
+        let oldest = guest.ask(&under(1, "oldest", &format!("echo oldest >>'{log}'; sleep 1; echo end >>'{log}'")));
+        wait_until("the command", || Path::new(&log).exists());
+        let middle = guest.ask(&under(2, "middle", &format!("echo middle >>'{log}'")));
+        wait_until("its turn", || guest.of_operation("middle", "run").exists());
+        let newest = guest.run(&under(3, "newest", &format!("echo newest >>'{log}'")));
+        assert_eq!(newest.words, "done 0 0 0");
+        assert_eq!(Answer::of(middle.wait_with_output().unwrap()).words, "fenced");
+        assert_eq!(Answer::of(oldest.wait_with_output().unwrap()).words, "done 0 0 0");
+        assert_eq!(fs::read_to_string(&log).unwrap(), "oldest\nend\nnewest\n");
+    });
+}
+
+#[test]
+fn a_command_whose_runner_was_killed_is_waited_for_and_not_for_longer() {
+    under_each_shell(|guest| {
+        let log = guest.path("log");
+        let mut child = guest.ask(&under(1, "a", &format!("echo a >>'{log}'; sleep 2; echo b >>'{log}'")));
+        wait_until("the command", || Path::new(&log).exists());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let began = Instant::now();
+        assert_eq!(guest.run(&under(2, "b", &format!("cat '{log}'"))).out(), "a\nb\n");
+        assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+        // Nor for one that a reboot ended.
+        let run = guest.of_operation("a", "run");
+        let old = fs::read_to_string(&run).unwrap();
+        let words: Vec<_> = old.split_whitespace().collect();
+        fs::write(&run, format!("{} {} 00000000-0000-4000-8000-000000000000 {}\n", words[0], words[1], words[3]))
+            .unwrap();
+        assert_eq!(guest.run(&under(3, "c", "true")).words, "done 0 0 0");
     });
 }
 
@@ -653,13 +967,15 @@ fn a_put_that_fails_leaves_what_was_there_and_nothing_else() {
 fn folders_are_made_only_when_asked_for_and_never_replaced() {
     under_each_shell(|guest| {
         let path = guest.path("new/folder with blanks/f");
-        assert_eq!(guest.put(&path, b"x", "644", "", "0").words, "noparent");
+        assert_eq!(guest.put(&path, b"x", "644", "", "0").words, "noparent 0");
         assert_eq!(guest.put(&path, b"x", "644", "", "1").words, "ok");
         assert_eq!(fs::metadata(guest.path("new")).unwrap().permissions().mode() & 0o777, 0o755);
-        assert_eq!(guest.put(&guest.path("new"), b"x", "644", "", "1").words, "folder");
+        assert_eq!(guest.put(&guest.path("new"), b"x", "644", "", "1").words, "folder 0");
         symlink(guest.path("new"), guest.path("link")).unwrap();
-        assert_eq!(guest.put(&guest.path("link"), b"x", "644", "", "1").words, "folder");
-        assert!(guest.put(&guest.path("new/folder with blanks/f/g"), b"x", "644", "", "1").words.starts_with("fail "));
+        assert_eq!(guest.put(&guest.path("link"), b"x", "644", "", "1").words, "folder 0");
+        assert!(
+            guest.put(&guest.path("new/folder with blanks/f/g"), b"x", "644", "", "1").words.starts_with("failed 0 ")
+        );
         assert_eq!(guest.names("new"), ["folder with blanks"]);
     });
 }
@@ -678,14 +994,13 @@ fn getting_and_removing_tell_what_is_there() {
         fs::write(guest.path("big"), vec![b'x'; 101]).unwrap();
         assert_eq!(get(&guest.path("big"), "1000").words, "large");
 
-        let remove = |path: &str| guest.file(&["remove", path], b"").words;
-        assert_eq!(remove(&path), "ok");
-        assert_eq!(remove(&path), "missing");
-        assert_eq!(remove(&guest.path("bin")), "folder");
+        let (bin, none) = (guest.path("bin"), guest.path("none"));
         symlink("nowhere", guest.path("dangling")).unwrap();
-        assert_eq!(remove(&guest.path("dangling")), "ok");
-        symlink(guest.path("bin"), guest.path("link")).unwrap();
-        assert_eq!(remove(&guest.path("link")), "ok");
-        assert!(Path::new(&guest.path("bin")).is_dir());
+        symlink(&bin, guest.path("link")).unwrap();
+        let (dangling, link) = (guest.path("dangling"), guest.path("link"));
+        assert_eq!(guest.remove(None, &[&path, &bin, &none, &dangling, &link]), "kfmkk");
+        assert_eq!(guest.remove(None, &[&path]), "m");
+        assert!(Path::new(&bin).is_dir() && fs::symlink_metadata(link).is_err());
+        assert_eq!(guest.file(&["remove", "id", "-", "500"], b"g '/tmp'").words, "again", "half a request");
     });
 }

@@ -50,6 +50,8 @@ pub enum Command {
     Conform(ConformArgs),
     /// Show the whole flow: deploy, install, inject, watch, reboot, delete
     Demo(DemoArgs),
+    /// Print a new key for STATE_KEY or STATE_KEY_FILE
+    Key,
     /// Serve everything in one process, with the embedded store
     Serve(ServeArgs),
     /// Print a completion script for a shell
@@ -301,6 +303,9 @@ pub struct ServeArgs {
     /// File of the embedded store; without it records are lost at the end
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,
+    /// File of keys that seal what is secret in the records; `ocr key` makes one
+    #[arg(long, env = "STATE_KEY_FILE", value_name = "FILE")]
+    pub state_key_file: Option<PathBuf>,
 }
 
 /// Which backend, and how to reach it.

@@ -10,7 +10,10 @@ use std::{
 
 use bytes::Bytes;
 use futures::StreamExt;
-use ocr_core::{GuestExec, GuestExecExt, ImageFilter, Owner, PowerAction, Retry, VmFilter, VmId, error::seconds};
+use ocr_core::{
+    GuestExec, GuestExecExt, ImageFilter, Owner, PowerAction, Retry, VmFilter, VmId, error::seconds,
+    exec::SecretStorage, seal::SealKey,
+};
 use ocr_grpc::{
     client::{self, ConditionServiceClient, FeatureServiceClient, InjectServiceClient, VirtualMachineServiceClient},
     proto::{
@@ -18,6 +21,7 @@ use ocr_grpc::{
         Source, VirtualMachine,
     },
 };
+use secrecy::ExposeSecret;
 use serde_json::json;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -118,7 +122,8 @@ impl Stage {
         let (servers, machiner, executor) = match backend.backend {
             BackendKind::Memory => {
                 let listen = ([127, 0, 0, 1], 0).into();
-                let serving = serve::start(backends.clone(), &backend, listen, packages, None, None).await?;
+                let (keep, none) = (SecretStorage::Memory, None);
+                let serving = serve::start(backends.clone(), &backend, listen, packages, None, keep, none).await?;
                 let address = serving.address().to_string();
                 (Servers::InProcess(serving), address.clone(), address)
             }
@@ -135,6 +140,7 @@ impl Stage {
                     ("HYPERVISOR_WAIT_INTERVAL", "1".to_owned()),
                     ("PACKAGE_DIR", packages.display().to_string()),
                     ("LOG_LEVEL", "WARN".to_owned()),
+                    ("STATE_KEY", SealKey::generate().reveal().expose_secret().to_owned()),
                 ];
                 let (machiner, one) = start_server("ocr-machiner", "MACHINER_PORT", &common, work).await?;
                 let (executor, two) = start_server("ocr-executor", "EXECUTOR_PORT", &common, work).await?;

@@ -15,6 +15,8 @@ mod vm;
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
+use ocr_core::seal::SealKey;
+use secrecy::ExposeSecret;
 
 use self::{
     args::{Cli, Command},
@@ -48,6 +50,12 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
         Command::Reconcile => vm::reconcile(&cli, output).await?,
         Command::Conform(args) => return conform::run(args, output).await,
         Command::Demo(args) => return demo::run(args, output).await,
+        Command::Key => {
+            let key = SealKey::generate();
+            let text = key.reveal();
+            let text = text.expose_secret();
+            output.result(format_args!("{text}"), &serde_json::json!({ "key": text, "id": key.id() }));
+        }
         Command::Serve(args) => serve::run(args, output).await?,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "ocr", &mut std::io::stdout());

@@ -1,8 +1,12 @@
 //! `ocr serve`: everything in one process.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use ocr_core::{exec, lifecycle::DeployConfig, queue::scheduler::SchedulerConfig};
+use ocr_core::{
+    exec::{self, SecretStorage},
+    lifecycle::DeployConfig,
+    queue::scheduler::SchedulerConfig,
+};
 use ocr_grpc::{Generation, executor::MAX_REPLY_OUTPUT_BYTES};
 use tokio_util::sync::CancellationToken;
 
@@ -15,7 +19,7 @@ use crate::{
     logging,
     metrics::MetricsSettings,
     service::{Service, open_store, stop_on_signals, wait_for_backend},
-    settings::{LogSettings, Store},
+    settings::{LogSettings, Store, read_key_file},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
@@ -30,7 +34,13 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
     let stop = stop_on_signals().map_err(|error| Failure::new(error.to_string()))?;
     let Some(backends) = wait_for_backend(|| Backends::open(&args.backend), &stop).await? else { return Ok(()) };
     let metrics = args.metrics.map(|address| MetricsSettings { address, top: METRICS_TOP });
-    let serving = start(backends, &args.backend, args.listen, &args.packages, args.state.as_deref(), metrics).await?;
+    let secrets = match (&args.state_key_file, &args.state) {
+        (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
+        (None, None) => SecretStorage::Memory,
+        (None, Some(_)) => SecretStorage::Refuse,
+    };
+    let state = args.state.as_deref();
+    let serving = start(backends, &args.backend, args.listen, &args.packages, state, secrets, metrics).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -73,6 +83,7 @@ pub(crate) async fn start(
     listen: SocketAddr,
     packages: &Path,
     state: Option<&Path>,
+    secrets: SecretStorage,
     metrics: Option<MetricsSettings>,
 ) -> Result<Serving, Failure> {
     let store = open_store(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
@@ -88,6 +99,7 @@ pub(crate) async fn start(
         store,
         packages,
         config,
+        secrets,
         SchedulerConfig::default(),
     );
     let bound = service.bind(listen, Generation::Newer, true).await?;

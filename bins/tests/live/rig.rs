@@ -31,6 +31,8 @@ pub(crate) fn rig() -> Option<&'static Rig> {
     match RIG.get_or_init(Rig::start) {
         Ok(rig) => Some(rig),
         Err(why) => {
+            // Where all that is needed was installed, what cannot run has failed.
+            assert!(std::env::var_os("OCR_IGNORE_NOTHING").is_none(), "ignored: {why}");
             say(format!("ignored: {why}"));
             None
         }

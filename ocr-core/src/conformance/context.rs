@@ -13,7 +13,7 @@ use super::{Case, Subject};
 use crate::{
     ComputeBackend, ComputeBackendExt, Error, ErrorKind, GuestExec, GuestExecExt, Image, ImageBackend, ImageFilter,
     Key, Name, Network, NetworkBackend, NetworkFilter, NetworkKind, Owner, Precondition, RequestId, Result, Scope,
-    StateStore, Tags, Vm, VmFilter, VmId, VmSpec, VmState, state::MAX_PAGE,
+    StateStore, Tags, Vm, VmFilter, VmId, VmSpec, VmState, signal::Signals, state::MAX_PAGE,
 };
 
 /// Why a case failed.
@@ -105,6 +105,10 @@ impl<'a> Context<'a> {
 
     pub(super) fn state(&self) -> Check<&Arc<dyn StateStore>> {
         self.subject.state.as_ref().ok_or_else(|| Broken("no state store".to_owned()))
+    }
+
+    pub(super) fn signals(&self) -> Check<&Arc<dyn Signals>> {
+        self.subject.signals.as_ref().ok_or_else(|| Broken("no signals".to_owned()))
     }
 
     pub(super) fn deadline(&self) -> Duration {

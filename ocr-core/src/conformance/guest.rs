@@ -1,14 +1,18 @@
 //! Cases of [`GuestExec`](crate::GuestExec). The guest is Linux with a POSIX shell and the usual small programs.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
 use tokio::{sync::mpsc, time::Instant};
 
 use super::context::{Broken, Check, Context, ensure, fails, shown};
 use crate::{
-    Command, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestExec, GuestExecExt, OperationId, OutputChunk,
-    PowerAction, PutFile, Retry, VmId, VmSpec, VmState, error::reason,
+    Command, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, FencingToken, GuestExec, GuestExecExt, OperationId,
+    OutputChunk, PowerAction, PutFile, PutFiles, RemoveFiles, Retry, VmId, VmSpec, VmState, error::reason,
 };
 
 /// Bytes without a pattern, the same every time.
@@ -156,9 +160,9 @@ pub(super) async fn guest_gone_everywhere(c: &Context<'_>) -> Check {
     let (guest, vm) = (c.guest()?, VmId::random());
     let calls: [(&str, crate::Result<()>); 5] = [
         ("guest_info", guest.guest_info(vm).await.map(drop)),
-        ("put_file", guest.put_file(vm, &PutFile::new("/tmp/x", "x")).await),
+        ("put_files", guest.put_file(vm, &PutFile::new("/tmp/x", "x")).await),
         ("get_file", guest.get_file(vm, "/tmp/x", 1).await.map(drop)),
-        ("remove_file", guest.remove_file(vm, "/tmp/x").await.map(drop)),
+        ("remove_files", guest.remove_file(vm, "/tmp/x").await.map(drop)),
         ("exec", guest.exec(vm, &ExecRequest::shell("true")).await.map(drop)),
     ];
     for (what, result) in calls {
@@ -218,15 +222,15 @@ pub(super) async fn guest_put_replace(c: &Context<'_>) -> Check {
     let (old, new) = (Bytes::from(noise(150_000)), Bytes::from(vec![b'n'; 200_000]));
     guest.put(&path, old.clone()).await?;
     ensure!(guest.get(&path).await? == old, "the file is not what was written");
-    let written = std::sync::atomic::AtomicBool::new(false);
+    let written = AtomicBool::new(false);
     let write = async {
         let result = guest.put(&path, new.clone()).await;
-        written.store(true, std::sync::atomic::Ordering::Relaxed);
+        written.store(true, Ordering::Relaxed);
         result
     };
     let read = async {
         loop {
-            let last = written.load(std::sync::atomic::Ordering::Relaxed);
+            let last = written.load(Ordering::Relaxed);
             let found = guest.get(&path).await?;
             ensure!(found == old || found == new, "a reader saw {} bytes that are neither old nor new", found.len());
             if last {
@@ -299,6 +303,58 @@ pub(super) async fn guest_put_onto_folder(c: &Context<'_>) -> Check {
     guest.clean(&[&folder]).await
 }
 
+pub(super) async fn guest_put_many(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let folder = c.path("d");
+    let mut files = Vec::new();
+    for i in 0..24_u32 {
+        let path = format!("{folder}/{}/it's a file {i}", ["a", "a/b", "c"][i as usize % 3]);
+        let content = Bytes::from(numbers(i * 7));
+        let mode = [None, Some(0o755), Some(0o600)][i as usize % 3];
+        files.push(PutFile { mode, make_parents: true, ..PutFile::new(path, content) });
+    }
+    let request = PutFiles::new(files);
+    // Twice: a repeat of what is there already is fine.
+    for _ in 0..2 {
+        guest.exec.put_files(guest.vm, &request).await?;
+        for file in &request.files {
+            let found = guest.get(&file.path).await?;
+            ensure!(found == file.content, "{} bytes of {} came back as {found:?}", file.content.len(), file.path);
+        }
+        for (file, wanted) in request.files[1..3].iter().zip(["-rwxr-xr-x", "-rw-------"]) {
+            let (mode, _) = guest.mode(&file.path.replace(['\'', ' '], "?")).await?;
+            ensure!(mode == wanted, "{} has the mode {mode} instead of {wanted}", file.path);
+        }
+    }
+    guest.exec.put_files(guest.vm, &PutFiles::default()).await?;
+    guest.clean(&[&folder]).await
+}
+
+pub(super) async fn guest_put_names_the_file(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let (first, last, folder) = (c.path("first"), c.path("last"), c.path("folder"));
+    guest.put(&first, "old").await?;
+    guest.sh(&format!("mkdir {folder}")).await?;
+    let kinds = [ErrorKind::NotFound, ErrorKind::Invalid, ErrorKind::Conflict];
+    for bad in [c.path("none/lost"), folder.clone()] {
+        let files = [&first, &bad, &last].map(|path| PutFile::new(path, "new"));
+        let error = fails(guest.exec.put_files(guest.vm, &PutFiles::new(files.to_vec())).await, &kinds, "a bad file")?;
+        ensure!(error.to_string().contains(&bad), "the error must name {bad}: {error}");
+        ensure!(guest.get(&first).await? == "old", "a file before the bad one was changed");
+        fails(guest.exec.get_file(guest.vm, &last, 9).await, &[ErrorKind::NotFound], "a file after the bad one")?;
+    }
+    guest.clean(&[&first, &folder]).await
+}
+
+pub(super) async fn guest_put_twice(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let path = c.path("f");
+    let request = PutFiles::new(vec![PutFile::new(&path, "one"), PutFile::new(&path, "two")]);
+    fails(guest.exec.put_files(guest.vm, &request).await, &[ErrorKind::Invalid], "a path that is there twice")?;
+    fails(guest.exec.get_file(guest.vm, &path, 9).await, &[ErrorKind::NotFound], "the file that was refused")?;
+    Ok(())
+}
+
 pub(super) async fn guest_get_missing(c: &Context<'_>) -> Check {
     let guest = guest(c).await?;
     for path in [c.path("none"), c.path("none/f")] {
@@ -345,6 +401,27 @@ pub(super) async fn guest_remove_folder(c: &Context<'_>) -> Check {
     fails(result, &[ErrorKind::Invalid, ErrorKind::Conflict], "removing a folder")?;
     let (mode, _) = guest.mode(&folder).await?;
     ensure!(mode.starts_with('d'), "it is no folder any more: {mode}");
+    guest.clean(&[&folder]).await
+}
+
+pub(super) async fn guest_remove_many(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let (first, folder, last) = (c.path("first"), c.path("d"), c.path("it's last"));
+    guest.put(&first, "x").await?;
+    guest.put(&last, "x").await?;
+    guest.sh(&format!("mkdir {folder}")).await?;
+    let request = RemoveFiles::new([&first, &folder, &c.path("none"), &last]);
+    let outcomes = guest.exec.remove_files(guest.vm, &request).await?;
+    let [one, refused, none, two] = <[crate::Result<Deletion>; 4]>::try_from(outcomes)
+        .map_err(|outcomes| Broken(format!("four paths gave {} outcomes", outcomes.len())))?;
+    ensure!((one?, two?) == (Deletion::Deleted, Deletion::Deleted), "the files around a folder were not removed");
+    ensure!(none? == Deletion::AlreadyGone, "what is not there was removed");
+    fails(refused, &[ErrorKind::Invalid, ErrorKind::Conflict], "removing a folder among files")?;
+    for path in [&first, &last] {
+        fails(guest.exec.get_file(guest.vm, path, 1).await, &[ErrorKind::NotFound], "a removed file")?;
+    }
+    let outcomes = guest.exec.remove_files(guest.vm, &RemoveFiles::default()).await?;
+    ensure!(outcomes.is_empty(), "no paths gave {} outcomes", outcomes.len());
     guest.clean(&[&folder]).await
 }
 
@@ -577,4 +654,214 @@ pub(super) async fn guest_exec_progress(c: &Context<'_>) -> Check {
         ensure!(output.stdout == numbers(20_000), "{} bytes of output are left", output.stdout.len());
     }
     Ok(())
+}
+
+/// Ten tokens in a row, newer than any of an earlier case or run.
+fn tokens() -> [FencingToken; 10] {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
+    let last = LAST.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |last| Some(now.max(last + 10)));
+    let first = now.max(last.unwrap_or_default() + 10);
+    std::array::from_fn(|i| FencingToken(first + i as u64))
+}
+
+fn is_fenced(error: &Error, what: &str) -> Check {
+    ensure!(error.kind() == ErrorKind::Conflict, "{what} must be refused with conflict, it gave {}", shown(error));
+    ensure!(error.retry() == Retry::Never, "{what} must not be worth a repeat: {}", shown(error));
+    has_reason(error, reason::FENCED, what)
+}
+
+impl Guest<'_> {
+    fn under(&self, token: FencingToken, line: &str) -> ExecRequest {
+        ExecRequest { fence: Some(token), ..self.request(line) }
+    }
+
+    async fn refuses(&self, request: &ExecRequest, what: &str) -> Check {
+        match self.exec.exec(self.vm, request).await {
+            Ok(output) => Err(Broken(format!("{what} must be refused, it gave {output:?}"))),
+            Err(error) => is_fenced(&error, what),
+        }
+    }
+
+    async fn is_there(&self, path: &str) -> Check<bool> {
+        Ok(!self.sh(&format!("if [ -e {path} ]; then echo there; fi")).await?.is_empty())
+    }
+
+    async fn until_there(&self, path: &str) -> Check {
+        let end = Instant::now() + self.deadline;
+        while !self.is_there(path).await? {
+            ensure!(Instant::now() < end, "{path} never came");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+}
+
+pub(super) async fn guest_fence_refuses(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [old, new, newer, ..] = tokens();
+    let path = c.path("f");
+    let ran = guest.under(old, "echo ran");
+    ensure!(guest.run(&ran).await?.stdout == "ran\n", "a command under a first token did not run");
+    guest.run(&guest.under(new, "true")).await?;
+    guest.refuses(&guest.under(old, &format!("echo x > {path}")), "a command under an older token").await?;
+    guest.refuses(&ran, "a repeat under an older token").await?;
+    // What was refused has not become the newest; the same token is no older one.
+    ensure!(guest.run(&guest.under(new, "echo same")).await?.stdout == "same\n", "the newest token was refused");
+    guest.run(&guest.under(newer, "true")).await?;
+    guest.refuses(&guest.under(new, &format!("echo x > {path}")), "a command under what was the newest token").await?;
+    ensure!(!guest.is_there(&path).await?, "a refused command ran");
+    Ok(())
+}
+
+pub(super) async fn guest_fence_files(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [old, new, newer, ..] = tokens();
+    let path = c.path("f");
+    let put = |token, content: &'static str| {
+        let request = PutFiles { files: vec![PutFile::new(&path, content)], fence: Some(token) };
+        async { guest.exec.put_files(guest.vm, &{ request }).await }
+    };
+    let remove = |token| {
+        let request = RemoveFiles { paths: vec![path.clone()], fence: Some(token) };
+        async { guest.exec.remove_files(guest.vm, &{ request }).await }
+    };
+    put(old, "old").await?;
+    put(new, "new").await?;
+    let error = fails(put(old, "older").await, &[ErrorKind::Conflict], "a file under an older token")?;
+    is_fenced(&error, "a file under an older token")?;
+    let error = fails(remove(old).await, &[ErrorKind::Conflict], "a removal under an older token")?;
+    is_fenced(&error, "a removal under an older token")?;
+    guest.refuses(&guest.under(old, "true"), "a command under an older token than a file's").await?;
+    ensure!(guest.get(&path).await? == "new", "a refused request changed the file");
+    remove(newer).await?;
+    let error = fails(put(new, "new").await, &[ErrorKind::Conflict], "a file under an older token than a removal's")?;
+    is_fenced(&error, "a file under an older token than a removal's")?;
+    ensure!(!guest.is_there(&path).await?, "a refused file was written");
+    Ok(())
+}
+
+pub(super) async fn guest_fence_reboot(c: &Context<'_>) -> Check {
+    let vm = c.running("a").await?.id;
+    let guest = c.guest()?;
+    let [old, new, ..] = tokens();
+    guest.wait_ready(vm, c.deadline(), Duration::from_secs(1)).await?;
+    let under = |fence| ExecRequest {
+        fence,
+        deadline: c.deadline(),
+        ..ExecRequest::shell("cat /proc/sys/kernel/random/boot_id")
+    };
+    let before = guest.exec(vm, &under(Some(new))).await?;
+    // In good order, so that the disk has what was written.
+    c.compute()?.set_power(vm, PowerAction::Reboot { grace: Some(c.deadline()) }).await?;
+    let end = Instant::now() + c.deadline();
+    let mut pause = Duration::from_millis(20);
+    loop {
+        match guest.exec(vm, &under(None)).await {
+            Ok(now) if now.success() && now.stdout != before.stdout => break,
+            Ok(_) => {}
+            Err(error) => not_ready(&error, "a guest that reboots")?,
+        }
+        ensure!(Instant::now() < end, "the guest did not boot anew");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_secs(1));
+    }
+    match guest.exec(vm, &under(Some(old))).await {
+        Ok(_) => Err(Broken("an older token must be refused after a reboot too".to_owned())),
+        Err(error) => is_fenced(&error, "an older token after a reboot"),
+    }
+}
+
+pub(super) async fn guest_fence_none(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [token, ..] = tokens();
+    let path = c.path("f");
+    guest.run(&guest.under(token, "true")).await?;
+    ensure!(guest.sh("echo unfenced").await? == "unfenced\n", "a command without a token was not run");
+    guest.put(&path, "x").await?;
+    ensure!(guest.exec.remove_file(guest.vm, &path).await? == Deletion::Deleted, "the file was not removed");
+    // Nor is anything waited for.
+    let begun = c.path("begun");
+    let long = guest.under(token, &format!("echo x > {begun}; sleep 2; rm {begun}"));
+    let long = guest.run(&long);
+    let meanwhile = async {
+        guest.until_there(&begun).await?;
+        ensure!(guest.is_there(&begun).await?, "a request without a token waited for a command under one");
+        Ok(())
+    };
+    let (long, meanwhile) = tokio::join!(long, meanwhile);
+    long?;
+    meanwhile
+}
+
+pub(super) async fn guest_fence_waits(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [first, second, third, fourth, ..] = tokens();
+    let (path, begun, put) = (c.path("f"), c.path("begun"), c.path("put"));
+    let older = guest.under(first, &format!("echo a >> {path}; sleep 1; echo b >> {path}"));
+    let newer = guest.under(second, &format!("cat {path}"));
+    let (older, newer) = tokio::join!(guest.run(&older), async {
+        guest.until_there(&path).await?;
+        guest.run(&newer).await
+    });
+    ensure!(older?.success(), "the command under the older token did not end well");
+    let newer = newer?;
+    ensure!(newer.stdout == "a\nb\n", "a command under a newer token saw an older one's work half done: {newer:?}");
+    // Files do the same.
+    let older = guest.under(third, &format!("echo x > {begun}; sleep 1; [ ! -e {put} ] && cat {path}"));
+    let files = PutFiles { files: vec![PutFile::new(&put, "x")], fence: Some(fourth) };
+    let (older, newer) = tokio::join!(guest.run(&older), async {
+        guest.until_there(&begun).await?;
+        Check::Ok(guest.exec.put_files(guest.vm, &files).await?)
+    });
+    newer?;
+    let older = older?;
+    ensure!(older.stdout == "a\nb\n", "a file under a newer token came while an older command ran: {older:?}");
+    guest.clean(&[&path, &begun, &put]).await
+}
+
+pub(super) async fn guest_fence_wait_ends(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [first, second, ..] = tokens();
+    let (begun, path) = (c.path("begun"), c.path("f"));
+    let older = guest.under(first, &format!("echo x > {begun}; sleep 6; echo end"));
+    let newer = guest.under(second, &format!("echo x >> {path}"));
+    let hasty = ExecRequest { deadline: Duration::from_secs(1), ..newer.clone() };
+    let (older, result) = tokio::join!(guest.run(&older), async {
+        guest.until_there(&begun).await?;
+        let begin = Instant::now();
+        let result = guest.exec.exec(guest.vm, &hasty).await;
+        let error = fails(result, &[ErrorKind::TimedOut], "waiting for an older command past the deadline")?;
+        ensure!(error.retry() == Retry::Safe, "what did nothing is safe to repeat: {}", shown(&error));
+        ensure!(begin.elapsed() >= Duration::from_secs(1), "it gave up after {:?}", begin.elapsed());
+        ensure!(!guest.is_there(&path).await?, "what gave up waiting was run");
+        // The same again, and more patient: it runs once.
+        guest.run(&newer).await
+    });
+    ensure!(older?.stdout == "end\n", "the command under the older token was disturbed");
+    ensure!(result?.success(), "the command under the newer token did not end well");
+    let lines = guest.sh(&format!("cat {path}")).await?;
+    ensure!(lines == "x\n", "it ran {} times", lines.lines().count());
+    guest.clean(&[&begun, &path]).await
+}
+
+pub(super) async fn guest_fence_takes_over(c: &Context<'_>) -> Check {
+    let guest = guest(c).await?;
+    let [first, second, third, ..] = tokens();
+    let path = c.path("f");
+    let older = guest.under(first, &format!("echo x >> {path}; sleep 1; echo y"));
+    let newer = ExecRequest { fence: Some(second), ..older.clone() };
+    let last = ExecRequest { fence: Some(third), ..older.clone() };
+    let (one, two) = tokio::join!(guest.run(&older), async {
+        guest.until_there(&path).await?;
+        guest.run(&newer).await
+    });
+    let (one, two) = (one?, two?);
+    ensure!(one.stdout == "y\n", "the command under the older token gave {one:?}");
+    ensure!(two == one, "a repeat under a newer token gave {two:?} instead of {one:?}");
+    let three = guest.run(&last).await?;
+    ensure!(three == one, "a later repeat under a newer token gave {three:?} instead of {one:?}");
+    let lines = guest.sh(&format!("cat {path}")).await?;
+    ensure!(lines == "x\n", "it ran {} times", lines.lines().count());
+    guest.clean(&[&path]).await
 }

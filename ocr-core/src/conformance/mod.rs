@@ -28,6 +28,7 @@ mod image;
 pub mod mutants;
 mod network;
 mod report;
+mod signal;
 mod state;
 
 use std::{fmt, panic::AssertUnwindSafe, sync::Arc, time::Duration};
@@ -39,6 +40,7 @@ use self::context::{Broken, Check, Context, Shared};
 pub use self::report::{CaseReport, Outcome, Report};
 use crate::{
     ComputeBackend, GuestExec, ImageBackend, ImageId, NetworkBackend, NetworkId, NetworkKind, Owner, StateStore, VmId,
+    signal::{LocalSignals, Signals},
 };
 
 /// The name under which a run reports what it could not clean up. It is no case of a trait.
@@ -59,6 +61,8 @@ pub struct Subject {
     pub guest: Option<Arc<dyn GuestExec>>,
     /// Keeps records.
     pub state: Option<Arc<dyn StateStore>>,
+    /// Carries notices.
+    pub signals: Option<Arc<dyn Signals>>,
     /// The tag on everything that is made, and with `.2` added a second one. Random, at most 60 bytes.
     pub owner: Owner,
     /// The image that machines are made from.
@@ -95,6 +99,7 @@ impl Subject {
             image: None,
             guest: None,
             state: None,
+            signals: None,
             owner,
             template: None,
             mute_template: None,
@@ -109,7 +114,7 @@ impl Subject {
         }
     }
 
-    /// Everything of a [`MemoryCloud`](crate::memory::MemoryCloud) and a store in memory.
+    /// Everything of a [`MemoryCloud`](crate::memory::MemoryCloud) a store in memory, and signals of this process.
     pub fn memory(cloud: &crate::memory::MemoryCloud, state: &crate::memory::MemoryState) -> Self {
         Self {
             compute: Some(Arc::new(cloud.clone())),
@@ -117,6 +122,7 @@ impl Subject {
             image: Some(Arc::new(cloud.clone())),
             guest: Some(Arc::new(cloud.clone())),
             state: Some(Arc::new(state.clone())),
+            signals: Some(Arc::new(LocalSignals::new())),
             template: Some(crate::memory::MemoryCloud::tiny()),
             mute_template: Some(crate::memory::MemoryCloud::mute()),
             links: vec![crate::memory::MemoryCloud::default_network(), crate::memory::MemoryCloud::lab_network()],
@@ -162,11 +168,13 @@ pub enum Trait {
     Guest,
     /// [`StateStore`]
     State,
+    /// [`Signals`]
+    Signal,
 }
 
 impl Trait {
-    /// All five.
-    pub const ALL: [Self; 5] = [Self::Compute, Self::Network, Self::Image, Self::Guest, Self::State];
+    /// All six.
+    pub const ALL: [Self; 6] = [Self::Compute, Self::Network, Self::Image, Self::Guest, Self::State, Self::Signal];
 }
 
 impl fmt::Display for Trait {
@@ -177,6 +185,7 @@ impl fmt::Display for Trait {
             Self::Image => "image",
             Self::Guest => "guest",
             Self::State => "state",
+            Self::Signal => "signal",
         })
     }
 }
@@ -310,6 +319,7 @@ impl Case {
             Trait::Image => subject.image.is_some(),
             Trait::Guest => subject.guest.is_some(),
             Trait::State => subject.state.is_some(),
+            Trait::Signal => subject.signals.is_some(),
         };
         if !offered {
             return Some(format!("the trait is not offered: {}", self.subject));
@@ -414,10 +424,14 @@ table! {
         guest_put_parents [Guest] "missing folders are made when asked for";
         guest_put_no_parents [Guest] "missing folders are an error otherwise";
         guest_put_onto_folder [Guest] "a folder is not replaced by a file";
+        guest_put_many [Guest] "many files arrive together";
+        guest_put_names_the_file [Guest] "one bad file keeps all from being written, and is named";
+        guest_put_twice [Guest] "a path that is there twice is refused";
         guest_get_missing [Guest] "a file that does not exist is not found";
         guest_get_limit [Guest] "a file over the limit is not read";
         guest_remove [Guest] "a removed file is gone, removing it again is fine";
         guest_remove_folder [Guest] "a folder is not removed";
+        guest_remove_many [Guest] "each of many paths has its own outcome";
         guest_exec_output [Guest] "exit code, stdout and stderr come back byte for byte";
         guest_exec_output_limit [Guest] "long output is cut and flagged";
         guest_exec_large_output [Guest, LargeOutput] "megabytes of output come back whole";
@@ -433,6 +447,13 @@ table! {
         guest_exec_deadline [Guest] "a command ends at its deadline, children too";
         guest_exec_no_program [Guest] "a missing program is exit code 127";
         guest_exec_progress [Guest, Streaming] "output is sent while the command runs";
+        guest_fence_refuses [Guest] "an older token is refused";
+        guest_fence_files [Guest] "files and commands have one fence";
+        guest_fence_reboot [Machine, Power] "a reboot forgets no token";
+        guest_fence_none [Guest] "without a token nothing is refused";
+        guest_fence_waits [Guest] "nothing begins before what is older has ended";
+        guest_fence_wait_ends [Guest] "waiting for what is older has an end";
+        guest_fence_takes_over [Guest] "a newer token gets the older run's result";
     }
     State in state {
         state_roundtrip [] "records come back as written";
@@ -450,6 +471,17 @@ table! {
         state_list_pages [] "pages give each record once, in order";
         state_list_prefix [] "a prefix matches by bytes";
         state_list_limit [] "a page has 1 to the most records";
+    }
+    Signal in signal {
+        signal_everyone [] "all who listen hear it, the sender too";
+        signal_topics [] "nobody hears another topic";
+        signal_nobody [] "sending to nobody is fine";
+        signal_payload [] "payloads arrive byte for byte";
+        signal_payload_too_large [] "payloads over the limit are refused";
+        signal_order [] "notices come in their sender's order";
+        signal_from_now_on [] "what was sent before is not heard";
+        signal_backlog [] "who is far behind is told of a gap";
+        signal_drop [] "listeners come and go";
     }
 }
 

@@ -9,12 +9,13 @@ use crate::{
 };
 
 /// Where the traits are, each with the beginning of its cases' names.
-const TRAITS: [(&str, &str); 5] = [
+const TRAITS: [(&str, &str); 6] = [
     ("vm_", include_str!("../compute.rs")),
     ("net_", include_str!("../network.rs")),
     ("image_", include_str!("../image.rs")),
     ("guest_", include_str!("../guest.rs")),
     ("state_", include_str!("../state.rs")),
+    ("signal_", include_str!("../signal.rs")),
 ];
 
 /// The documentation's points, one text each: from a `- ` to the next, or to the end of the comment.
@@ -240,6 +241,11 @@ async fn mutants_of_guest_fail_the_right_cases() {
 #[tokio::test(start_paused = true)]
 async fn mutants_of_state_fail_the_right_cases() {
     mutants_of(Trait::State).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn mutants_of_signals_fail_the_right_cases() {
+    mutants_of(Trait::Signal).await;
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Runs conditions while somebody watches, and streams their values.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     sync::{Arc, Mutex, Weak},
     time::Duration,
@@ -15,12 +15,13 @@ use super::{
     output::cut_for_error,
     record::{Record, Stage},
     stream::Channel,
-    turns::gone,
+    turns::{gone, is_elsewhere},
     value::parse_value,
 };
 use crate::{
     Error, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, InstallId, Result, VmId,
     error::reason,
+    fleet::RunReport,
     queue::scheduler::{Periodic, Tick},
 };
 
@@ -37,7 +38,51 @@ pub(super) struct Runner {
     shared: Arc<Shared>,
     /// A stream works on when nobody has the executor itself any more.
     inner: Arc<Inner>,
+    /// None while another process runs it.
     periodic: Mutex<Option<Periodic>>,
+}
+
+/// The runners that there are, each as long as somebody watches.
+#[derive(Debug, Default)]
+pub(super) struct Runners {
+    by_id: HashMap<InstallId, Weak<Runner>>,
+    by_vm: HashMap<VmId, BTreeSet<InstallId>>,
+}
+
+impl Runners {
+    fn get(&self, id: InstallId) -> Option<Arc<Runner>> {
+        self.by_id.get(&id).and_then(Weak::upgrade)
+    }
+
+    fn insert(&mut self, runner: &Arc<Runner>) {
+        let record = &runner.shared.record;
+        self.by_id.insert(record.id, Arc::downgrade(runner));
+        self.by_vm.entry(record.vm).or_default().insert(record.id);
+    }
+
+    fn remove(&mut self, vm: VmId, id: InstallId) {
+        self.by_id.remove(&id);
+        if let Some(ids) = self.by_vm.get_mut(&vm) {
+            ids.remove(&id);
+            if ids.is_empty() {
+                self.by_vm.remove(&vm);
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        assert_eq!(self.by_id.len(), self.by_vm.values().map(BTreeSet::len).sum::<usize>());
+        self.by_id.len()
+    }
+
+    fn all(&self) -> Vec<Arc<Runner>> {
+        self.by_id.values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn of(&self, vm: VmId) -> Vec<Arc<Runner>> {
+        self.by_vm.get(&vm).into_iter().flatten().filter_map(|id| self.get(*id)).collect()
+    }
 }
 
 /// What a runner and its runs share. A run may outlive the runner.
@@ -46,7 +91,6 @@ struct Shared {
     record: Kept,
     line: Box<str>,
     interval: Duration,
-    deadline: Duration,
     channel: Channel,
     status: Mutex<Status>,
 }
@@ -98,8 +142,10 @@ impl Inner {
     /// A stream of a condition's values, from the runner that is there or a new one.
     pub(super) async fn watch(self: &Arc<Self>, id: InstallId) -> Result<ConditionStream> {
         let record = self.condition(id).await?;
+        // Before the runner: it is this that brings the machine here, or its values.
+        let watch = self.fleet.as_ref().map(|fleet| fleet.watch(record.vm, id));
         let runner = self.runner(record)?;
-        let stream = ConditionStream::new(runner);
+        let stream = ConditionStream::new(runner, watch);
         // A removal drops the record first and ends the runner then, so one of both is seen here.
         self.condition(id).await?;
         Ok(stream)
@@ -117,15 +163,18 @@ impl Inner {
         if record.stage == Stage::Installed { Ok(record) } else { Err(missing()) }
     }
 
-    fn runner(self: &Arc<Self>, record: Record) -> Result<Arc<Runner>> {
+    pub(super) fn runner(self: &Arc<Self>, record: Record) -> Result<Arc<Runner>> {
         let mut runners = lock(&self.runners);
         if self.closing.is_cancelled() {
             return Err(super::shutting_down());
         }
-        if let Some(runner) = runners.get(&record.id).and_then(Weak::upgrade) {
+        if let Some(runner) = runners.get(record.id) {
+            drop(runners);
+            runner.engage()?;
             return Ok(runner);
         }
-        let Record { id, vm, name, user, environment, probe, .. } = record;
+        let environment = record.secrets.environment()?.clone();
+        let Record { id, vm, name, user, probe, .. } = record;
         let Some(probe) = probe else {
             return Err(Error::internal("a condition without a command").on(format!("condition {id}")));
         };
@@ -133,27 +182,15 @@ impl Inner {
         let shared = Arc::new(Shared {
             line: probe.line.into(),
             interval,
-            deadline: self.config.action_deadline,
             channel: Channel::default(),
             status: Mutex::default(),
             record: Kept { id, vm, name: name.into(), user: user.map(Into::into), environment },
         });
-        let periodic = {
-            let (inner, shared) = (Arc::downgrade(self), shared.clone());
-            let limit = self.config.action_deadline.saturating_add(TURN_MARGIN);
-            self.scheduler.every(vm, format!("condition {id}"), interval, limit, move |tick| {
-                let (inner, shared) = (inner.clone(), shared.clone());
-                async move {
-                    match inner.upgrade() {
-                        Some(inner) => inner.tick(&shared, tick).await,
-                        None => Ok(()),
-                    }
-                }
-                .boxed()
-            })?
-        };
-        let runner = Arc::new(Runner { shared, inner: self.clone(), periodic: Mutex::new(Some(periodic)) });
-        runners.insert(id, Arc::downgrade(&runner));
+        let runner = Arc::new(Runner { shared, inner: self.clone(), periodic: Mutex::default() });
+        runners.insert(&runner);
+        drop(runners);
+        // From here on a change of the machine's owner finds it.
+        runner.engage()?;
         Ok(runner)
     }
 
@@ -168,19 +205,35 @@ impl Inner {
             });
             return Ok(());
         }
-        let error = match self.guest.exec(vm, &shared.request(&self.guest.capabilities())).await {
-            Ok(output) => {
-                match read(&output) {
-                    Ok(value) => shared.succeed(value, tick.lateness),
-                    Err(fault) => {
-                        shared.fail(fault);
-                        self.look_up_after_faults(shared, None).await;
-                    }
-                }
-                return Ok(());
+        if let Some(fleet) = &self.fleet {
+            fleet.began(id);
+        }
+        let report = |value| {
+            if let Some(fleet) = &self.fleet {
+                fleet.report(RunReport { vm, condition: id, value, lateness: tick.lateness });
             }
-            Err(error) => error,
         };
+        let error =
+            match self.guest.exec(vm, &shared.request(self.config.action_deadline, &self.guest.capabilities())).await {
+                Ok(output) => {
+                    match read(&output) {
+                        Ok(value) => {
+                            shared.succeed(value, tick.lateness);
+                            report(Some(value));
+                        }
+                        Err(fault) => {
+                            shared.fail(fault);
+                            report(None);
+                            self.look_up_after_faults(shared, None).await;
+                        }
+                    }
+                    return Ok(());
+                }
+                // Nothing is known of the guest: the stream holds until the machine has an owner again.
+                Err(error) if is_elsewhere(&error) => return Ok(()),
+                Err(error) => error,
+            };
+        report(None);
         shared
             .fail(Fault { class: FaultClass::Refused(error.kind(), error.reason()), text: error.message().to_owned() });
         self.look_up_after_faults(shared, Some(&error)).await;
@@ -213,8 +266,15 @@ impl Inner {
 
     /// Ends a condition's runs and all its streams.
     pub(super) fn end_watch(&self, id: InstallId, ended: Ended) {
-        let runner = lock(&self.runners).remove(&id);
-        if let Some(runner) = runner.and_then(|runner| runner.upgrade()) {
+        let runner = {
+            let mut runners = lock(&self.runners);
+            let runner = runners.get(id);
+            if let Some(runner) = &runner {
+                runners.remove(runner.shared.record.vm, id);
+            }
+            runner
+        };
+        if let Some(runner) = runner {
             runner.end(ended);
         }
     }
@@ -229,7 +289,19 @@ impl Inner {
     }
 
     fn watched(&self) -> Vec<Arc<Runner>> {
-        lock(&self.runners).values().filter_map(Weak::upgrade).collect()
+        lock(&self.runners).all()
+    }
+
+    pub(super) fn runner_of(&self, id: InstallId) -> Option<Arc<Runner>> {
+        lock(&self.runners).get(id)
+    }
+
+    pub(super) fn runners_on(&self, vm: VmId) -> Vec<Arc<Runner>> {
+        lock(&self.runners).of(vm)
+    }
+
+    pub(super) fn watched_ids(&self) -> Vec<(InstallId, VmId)> {
+        self.watched().iter().map(|runner| (runner.shared.record.id, runner.shared.record.vm)).collect()
     }
 
     pub(super) fn condition_statuses(&self) -> Vec<ConditionStatus> {
@@ -240,10 +312,55 @@ impl Inner {
 }
 
 impl Runner {
-    fn end(&self, ended: Ended) {
-        // Its queued run leaves the queue with it.
-        drop(lock(&self.periodic).take());
-        self.shared.channel.end(ended);
+    /// Runs it here when its machine is this process's, and not otherwise.
+    ///
+    /// Where it ran elsewhere before, it carries on from there: a change of owner is no reason to run it twice.
+    ///
+    /// # Errors
+    /// Those of the queue.
+    pub(super) fn engage(&self) -> Result<()> {
+        let (inner, shared) = (&self.inner, &self.shared);
+        let (id, vm) = (shared.record.id, shared.record.vm);
+        let mut periodic = lock(&self.periodic);
+        let ours = inner.fleet.as_ref().is_none_or(|fleet| fleet.is_ours(vm));
+        if !ours || shared.channel.has_ended() {
+            drop(periodic.take());
+        } else if periodic.is_none() {
+            let last_run = inner.fleet.as_ref().and_then(|fleet| fleet.last_run(id));
+            let limit = inner.config.action_deadline.saturating_add(TURN_MARGIN);
+            let next = last_run.map(|began| began + shared.interval);
+            let (inner, run) = (Arc::downgrade(inner), Arc::clone(shared));
+            *periodic = Some(self.inner.scheduler.every_from(
+                next,
+                vm,
+                format!("condition {id}"),
+                shared.interval,
+                limit,
+                move |tick| {
+                    let (inner, shared) = (inner.clone(), run.clone());
+                    async move {
+                        match inner.upgrade() {
+                            Some(inner) => inner.tick(&shared, tick).await,
+                            None => Ok(()),
+                        }
+                    }
+                    .boxed()
+                },
+            )?);
+        }
+        Ok(())
+    }
+
+    pub(super) fn id(&self) -> InstallId {
+        self.shared.record.id
+    }
+
+    pub(super) fn channel(&self) -> &Channel {
+        &self.shared.channel
+    }
+
+    pub(super) fn end_error(&self, ended: Ended) -> Error {
+        self.shared.end_error(ended)
     }
 
     /// The queue knows when it ran, and this what came of it.
@@ -258,26 +375,32 @@ impl Runner {
         status
     }
 
-    pub(super) fn id(&self) -> InstallId {
-        self.shared.record.id
+    pub(super) fn vm(&self) -> VmId {
+        self.shared.record.vm
     }
 
-    pub(super) fn channel(&self) -> &Channel {
-        &self.shared.channel
+    /// Takes a value that another process's run gave.
+    pub(super) fn take(&self, value: f32, lateness: Duration) {
+        self.shared.begin(lateness);
+        self.shared.succeed(value, lateness);
     }
 
-    pub(super) fn end_error(&self, ended: Ended) -> Error {
-        self.shared.end_error(ended)
+    fn end(&self, ended: Ended) {
+        let mut periodic = lock(&self.periodic);
+        self.shared.channel.end(ended);
+        // Its queued run leaves the queue with it.
+        let periodic = periodic.take();
+        drop(periodic);
     }
 }
 
 impl Drop for Runner {
     fn drop(&mut self) {
         let mut runners = lock(&self.inner.runners);
-        let id = self.shared.record.id;
+        let (id, vm) = (self.shared.record.id, self.shared.record.vm);
         // A later runner may have taken the place; this one has no strong reference left.
-        if runners.get(&id).is_some_and(|runner| runner.strong_count() == 0) {
-            runners.remove(&id);
+        if runners.by_id.get(&id).is_some_and(|runner| runner.strong_count() == 0) {
+            runners.remove(vm, id);
         }
     }
 }
@@ -289,11 +412,11 @@ impl fmt::Debug for Kept {
 }
 
 impl Shared {
-    fn request(&self, guest: &GuestCapabilities) -> ExecRequest {
+    fn request(&self, deadline: Duration, guest: &GuestCapabilities) -> ExecRequest {
         ExecRequest {
             user: self.record.user.as_deref().map(str::to_owned),
             environment: self.record.environment.clone(),
-            deadline: self.deadline,
+            deadline,
             output_limit_bytes: FETCHED_BYTES.min(guest.max_output_bytes),
             ..ExecRequest::shell(&*self.line)
         }

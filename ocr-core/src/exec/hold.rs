@@ -8,7 +8,10 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-use crate::VmId;
+use crate::{
+    VmId,
+    fleet::{Fleet, Pin},
+};
 
 /// Which machines are held. Cloning is cheap; all clones are one.
 ///
@@ -17,7 +20,10 @@ use crate::VmId;
 /// Every operation looks for a hold first thing in its turn, and no turn can begin while the one that takes the hold
 /// still runs, so there is no gap.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Holds(Arc<Mutex<HashMap<VmId, Holding>>>);
+pub(super) struct Holds {
+    held: Arc<Mutex<HashMap<VmId, Holding>>>,
+    fleet: Option<Fleet>,
+}
 
 #[derive(Debug)]
 struct Holding {
@@ -31,6 +37,8 @@ struct Holding {
 pub(super) struct Hold {
     holds: Holds,
     vm: VmId,
+    /// Nor does the machine go to another process.
+    _pin: Option<Pin>,
 }
 
 /// Somebody else holds the machine.
@@ -38,13 +46,18 @@ pub(super) struct Hold {
 pub(super) struct Held(watch::Receiver<()>);
 
 impl Holds {
+    /// Holds that keep machines from the other members of a fleet too.
+    pub(super) fn within(fleet: Option<Fleet>) -> Self {
+        Self { fleet, ..Self::default() }
+    }
+
     pub(super) fn take(&self, vm: VmId) -> Result<Hold, Held> {
         let mut held = self.lock();
         match held.get(&vm) {
             Some(holding) => Err(Held(holding.released.subscribe())),
             None => {
                 held.insert(vm, Holding { released: watch::Sender::new(()), since: Instant::now() });
-                Ok(Hold { holds: self.clone(), vm })
+                Ok(Hold { holds: self.clone(), vm, _pin: self.fleet.as_ref().map(|fleet| fleet.pin(vm)) })
             }
         }
     }
@@ -60,7 +73,7 @@ impl Holds {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Holding>> {
         // The map is whole between any two of its operations, so a panic elsewhere does not spoil it.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -19,9 +19,9 @@ use super::{
     reboot::BootMark,
     record::{Record, Stage, Stored},
     remove::{Removal, Removed},
-    turns::{Slot, Turn, Verdict, gone},
+    turns::{Slot, Turn, Verdict, gone, is_elsewhere},
 };
-use crate::{Error, ErrorKind, ExecOutput, ExecRequest, Result, Retry, error::reason};
+use crate::{Error, ErrorKind, ExecOutput, ExecRequest, PutFiles, Result, Retry, error::reason};
 
 /// How much of an action's output is fetched at least, so that an error can show its end, in bytes.
 const FETCHED_BYTES: u64 = 1 << 20;
@@ -29,6 +29,8 @@ const FETCHED_BYTES: u64 = 1 << 20;
 const TURN_MARGIN: Duration = Duration::from_secs(120);
 /// A guest that takes files slower than this is broken, in bytes a second.
 const LEAST_COPY_RATE: u64 = 64 << 10;
+/// So much of a package is in memory while it is copied, or one asset if that is larger, in bytes.
+const BATCH_BYTES: u64 = 32 << 20;
 /// How long the store may be away when a stage is recorded.
 pub(super) const STORE_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -59,6 +61,8 @@ impl Inner {
     ) -> Result<Installed> {
         self.check_sizes(&plan)?;
         let _active = self.activate(record.id);
+        // For the reboot and the undoing too.
+        let _need = self.need(record.vm);
         let slot = Slot {
             vm: record.vm,
             what: format!("{} {}", record.kind(), record.id),
@@ -116,13 +120,11 @@ impl Inner {
         let _active = self.activate(record.id);
         let id = record.id;
         let recorded = match self.records.create(&record).await {
-            Ok(version) => {
-                let mut stored = Stored { record, version };
-                self.records
-                    .advance(&mut stored, Stage::Installed, STORE_PATIENCE)
-                    .await
-                    .map_err(|error| (stored, error))
-            }
+            Ok(mut stored) => self
+                .records
+                .advance(&mut stored, Stage::Installed, STORE_PATIENCE)
+                .await
+                .map_err(|error| (stored, error)),
             Err(error) => Err((Stored { record, version: crate::Version(0) }, error)),
         };
         if let Err((stored, error)) = recorded {
@@ -227,17 +229,35 @@ impl Job {
             // Set before the write: one whose answer is lost may have succeeded.
             self.begun.store(true, Ordering::Release);
             match inner.records.create(&self.record).await {
-                Ok(version) => self.stored = Some(Stored { record: self.record.clone(), version }),
+                Ok(stored) => self.stored = Some(stored),
+                Err(error) if is_elsewhere(&error) => {
+                    self.begun.store(false, Ordering::Release);
+                    return Turn::NotYet(error);
+                }
                 Err(error) => return Turn::Failed(error),
             }
         }
-        while let Some(file) = self.files.get(self.written) {
-            let file = match file.read().await {
-                Ok(file) => file,
+        if let Some(stored) = &mut self.stored
+            && inner.records.is_of_another_session(&stored.record)
+        {
+            // The session ended under which it began. Another process may have taken it for abandoned and undone it; if
+            // not, the record now says that it is being worked on.
+            let stage = stored.record.stage;
+            match inner.records.advance(stored, stage, STORE_PATIENCE).await {
+                // What others undid meanwhile may have been assets of this one too.
+                Ok(()) if stage == Stage::Copying => self.written = 0,
+                Ok(()) => {}
+                Err(error) if is_elsewhere(&error) => return Turn::NotYet(error),
+                Err(error) => return Turn::Failed(error),
+            }
+        }
+        while self.written < self.files.len() {
+            let (request, next) = match self.batch().await {
+                Ok(batch) => batch,
                 Err(error) => return Turn::Failed(error),
             };
-            match inner.guest.put_file(vm, &file).await {
-                Ok(()) => self.written += 1,
+            match inner.guest.put_files(vm, &request).await {
+                Ok(()) => self.written = next,
                 Err(error) => return inner.refused(vm, error).await,
             }
         }
@@ -248,13 +268,14 @@ impl Job {
                 && stored.record.stage == Stage::Copying
                 && let Err(error) = inner.records.advance(stored, Stage::Acting, STORE_PATIENCE).await
             {
-                return Turn::Failed(error);
+                return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
             }
             // The same operation id in every turn: an action that ran while the agent was away is not run again.
             match inner.guest.exec(vm, action).await {
                 Ok(output) if output.success() => self.output = Some(output),
                 Ok(output) => return Turn::Failed(self.action_failed(&output)),
-                Err(error) if error.kind() == ErrorKind::TimedOut => {
+                // One that is safe to repeat did not begin.
+                Err(error) if error.kind() == ErrorKind::TimedOut && error.retry() != Retry::Safe => {
                     return Turn::Failed(
                         Error::timed_out(format!("{}; {}", self.of_package("the action"), error.message()))
                             .with_retry(Retry::Never)
@@ -271,6 +292,23 @@ impl Job {
             }
         }
         Turn::Done(())
+    }
+
+    /// The next files to copy, and the place after them: all of a package, unless it is too large to be held at once.
+    async fn batch(&self) -> Result<(PutFiles, usize)> {
+        let (mut request, mut bytes, mut next) = (PutFiles::default(), 0, self.written);
+        while let Some(file) = self.files.get(next) {
+            bytes += file.stored.bytes;
+            if bytes > BATCH_BYTES && !request.files.is_empty() {
+                break;
+            }
+            next += 1;
+            // Of several assets for one place the last one counts.
+            if !self.files[next..].iter().any(|later| later.stored.path == file.stored.path) {
+                request.files.push(file.read().await?);
+            }
+        }
+        Ok((request, next))
     }
 
     /// What comes after the queue: the reboot, and the record that says "installed".

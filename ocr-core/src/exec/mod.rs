@@ -15,10 +15,11 @@
 //!   brought to its end and recorded.
 //!
 //! # What is kept
-//! Names, paths, digests, the account's name, a package's delete action, a condition's shell line and its environment,
-//! values and all, since it must run again after a restart of this server: who can read the store can read those.
-//! The environment of features and injects is not kept, and so their delete action runs without it. Passwords and
-//! private keys are never kept, and never reach the guest: its agent becomes the account's user by name.
+//! Names, paths, digests, the account's name, a package's delete action, a condition's shell line: who can read the
+//! store can read those. A condition's environment is needed again after a restart of this server, and may be secret:
+//! [`SecretStorage`] says what becomes of it. The environment of features and injects is not kept, and so their delete
+//! action runs without it. Passwords and private keys are never kept, and never reach the guest: its agent becomes the
+//! account's user by name.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
@@ -32,7 +33,7 @@
 //! use futures::StreamExt;
 //! use ocr_core::{
 //!     ComputeBackend,
-//!     exec::{Account, ConditionRequest, Config, Executor, Parts, Probe},
+//!     exec::{Account, ConditionRequest, Config, Executor, Parts, Probe, SecretStorage},
 //!     memory::{MemoryCloud, MemoryState},
 //!     package::LocalFolder,
 //!     queue::scheduler::{Scheduler, SchedulerConfig},
@@ -46,6 +47,8 @@
 //!     store: Arc::new(MemoryState::new()),
 //!     packages: Arc::new(LocalFolder::new("/srv/packages")),
 //!     scheduler: Scheduler::start(SchedulerConfig::default()),
+//!     secrets: SecretStorage::Memory,
+//!     fleet: None,
 //! };
 //! let executor = Executor::new(parts, Config::default());
 //! executor.recover().await?;
@@ -75,20 +78,24 @@ use std::{
 use secrecy::SecretString;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+pub use self::secrets::SecretStorage;
 use self::{
-    condition::{Ended, Runner},
+    condition::{Ended, Runner, Runners},
     hold::Holds,
     plan::Plan,
     record::{Record, Records, Stage, Stored, StoredProbe},
     remove::{Removal, Removed},
+    secrets::Secrets,
 };
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
+    fleet::{Fleet, Gone, Guarded, Listener},
     package::PackageSource,
     queue::{LatenessQuantiles, QueueSnapshot, Scheduler},
 };
 
 mod condition;
+mod elsewhere;
 mod hold;
 mod install;
 mod output;
@@ -98,6 +105,7 @@ mod record;
 mod recover;
 mod remove;
 mod request;
+mod secrets;
 mod stream;
 mod turns;
 mod value;
@@ -129,6 +137,11 @@ pub struct Parts {
     pub packages: Arc<dyn PackageSource>,
     /// One operation per machine, so many at once.
     pub scheduler: Scheduler,
+    /// What becomes of secrets that are needed again later.
+    pub secrets: SecretStorage,
+    /// The other executors on this store, where there are any. The scheduler then is the fleet's gates, and begins
+    /// gated and without slots.
+    pub fleet: Option<Fleet>,
 }
 
 /// An executor's settings.
@@ -340,12 +353,15 @@ struct Inner {
     compute: Arc<dyn ComputeBackend>,
     packages: Arc<dyn PackageSource>,
     scheduler: Scheduler,
+    fleet: Option<Fleet>,
     records: Records,
     config: Config,
     holds: Holds,
     /// Installs that this process works on now; a recovery leaves them alone.
     active: Mutex<HashSet<InstallId>>,
-    runners: Mutex<HashMap<InstallId, Weak<Runner>>>,
+    runners: Mutex<Runners>,
+    /// Conditions that run here because they are watched through other processes.
+    followed: Mutex<HashMap<VmId, HashMap<InstallId, Option<Arc<Runner>>>>>,
     /// Owns every install and removal, so that none ends with its caller.
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -354,22 +370,33 @@ struct Inner {
 impl Executor {
     /// Makes an executor. [`Executor::recover`] should run before it serves.
     pub fn new(parts: Parts, config: Config) -> Self {
-        let Parts { guest, compute, store, packages, scheduler } = parts;
-        Self {
-            inner: Arc::new(Inner {
-                guest,
-                compute,
-                packages,
-                scheduler,
-                records: Records::new(store),
-                config,
-                holds: Holds::default(),
-                active: Mutex::default(),
-                runners: Mutex::default(),
-                tasks: TaskTracker::new(),
-                closing: CancellationToken::new(),
-            }),
+        let Parts { guest, compute, store, packages, scheduler, secrets, fleet } = parts;
+        let (guest, compute): (Arc<dyn GuestExec>, Arc<dyn ComputeBackend>) = match &fleet {
+            Some(fleet) => {
+                (Arc::new(Guarded::new(fleet.clone(), guest)), Arc::new(Guarded::new(fleet.clone(), compute)))
+            }
+            None => (guest, compute),
+        };
+        let inner = Arc::new(Inner {
+            guest,
+            compute,
+            packages,
+            scheduler,
+            records: Records::new(store, secrets, fleet.clone()),
+            config,
+            holds: Holds::within(fleet.clone()),
+            active: Mutex::default(),
+            runners: Mutex::default(),
+            followed: Mutex::default(),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            fleet,
+        });
+        if let Some(fleet) = &inner.fleet {
+            let listener: Weak<dyn Listener> = Arc::downgrade(&inner) as Weak<dyn Listener>;
+            fleet.attach(listener);
         }
+        Self { inner }
     }
 
     /// Copies a package's assets into the machine and runs its action; with `restarts`, reboots the machine then.
@@ -406,7 +433,8 @@ impl Executor {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
             record.user = user(account);
-            record.environment = environment;
+            record.secrets = Secrets::of_environment(environment);
+            inner.records.check(&record)?;
             let plan = match probe {
                 Probe::Package(package) => inner.plan(&mut record, &package, &caller).await?,
                 Probe::Command { line, interval } => {
@@ -519,8 +547,8 @@ impl Executor {
     /// Undoes installs and finishes removals that a killed server left, and forgets machines that are gone.
     ///
     /// Never waits for a guest that does not answer: what it has is kept for the next recovery. Repeats change nothing.
-    /// The installs that are under way in this executor are left alone; those of another executor on the same store
-    /// are not told from abandoned ones.
+    /// The installs that are under way in this executor are left alone; with a fleet, so are those of its other members
+    /// while they live. A member that died counts as living until its session has run out: the next recovery sees to it.
     ///
     /// # Errors
     /// Those of the store.
@@ -535,6 +563,7 @@ impl Executor {
         let inner = &self.inner;
         inner.closing.cancel();
         inner.end_watches(None, Ended::ShuttingDown);
+        drop(std::mem::take(&mut *lock(&inner.followed)));
         inner.tasks.close();
         // What is still under way is counted below; there is nothing else to do about it.
         let _ = tokio::time::timeout(grace, inner.tasks.wait()).await;
@@ -585,7 +614,8 @@ impl Inner {
         if stored.record.kind() != kind {
             return Err(Error::invalid("id", format_args!("wants a {kind}; {id} is a {}", stored.record.kind())));
         }
-        if self.is_active(id) {
+        let begun = matches!(stored.record.stage, Stage::Copying | Stage::Acting);
+        if self.is_active(id) || begun && self.is_worked_on_elsewhere(&stored.record).await? {
             return Err(Error::new(ErrorKind::Conflict, "it is still being installed").with_retry(Retry::Safe));
         }
         let removed = if stored.record.touches_guest() {
@@ -605,6 +635,9 @@ impl Inner {
                 Removed::Done | Removed::Absent | Removed::Kept => Ended::Removed,
             },
         );
+        if let Some(fleet) = &self.fleet {
+            fleet.announce(Gone::Install(id));
+        }
         tracing::info!(%id, vm = %stored.record.vm, %kind, ?removed, "removed");
         Ok(match removed {
             Removed::Absent => Deletion::AlreadyGone,

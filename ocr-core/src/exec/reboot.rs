@@ -42,6 +42,7 @@ impl Inner {
     /// must have changed. Where a guest has none, the agent must have been seen silent, or the grace after which the
     /// backend pulls the plug must have passed.
     pub(super) async fn reboot(self: &Arc<Self>, vm: VmId, before: BootMark) -> Result<()> {
+        let _need = self.need(vm);
         self.ask_for_reboot(vm).await?;
         let forced = tokio::time::Instant::now() + GRACE;
         let mut wait = Wait::new(self.config.ready_interval, self.config.ready_deadline);

@@ -1,5 +1,7 @@
 //! What the store keeps of an install, and how.
 //!
+//! What is secret of it is sealed, or stays in this process; see [`secrets`](super::secrets).
+//!
 //! Two keys for each: the record under its own id, and an empty one under its machine, so that a machine's records are
 //! found without reading everybody's. The record is written first, since it is the intent, and deleted first; a
 //! machine's key alone means nothing.
@@ -10,14 +12,21 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Deletion, Error, ErrorKind, InstallId, Key, Precondition, Result, Retry, StateStore, Version, Versioned, VmId,
+    Deletion, Error, ErrorKind, InstallId, Key, MemberId, Precondition, Result, Retry, StateStore, Version, Versioned,
+    VmId,
     error::reason,
-    exec::{InstallKind, InstallRecord},
+    exec::{
+        InstallKind, InstallRecord, SecretStorage,
+        secrets::{Kept, Place, Secrets},
+    },
+    fleet::Fleet,
     state::{MAX_PAGE, MAX_VALUE_BYTES},
 };
 
 /// The form of the records this version writes.
-const SCHEMA: u32 = 1;
+///
+/// 1 had a condition's environment in clear; 2 has it sealed.
+const SCHEMA: u32 = 2;
 /// The longest that one call of the store may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 const RECORDS: &str = "exec/install/";
@@ -48,7 +57,7 @@ pub(super) enum Stage {
     Removing,
 }
 
-/// One install in the store. Passwords and keys have no place in it.
+/// One install.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Record {
     schema: u32,
@@ -57,6 +66,9 @@ pub(super) struct Record {
     pub(super) name: String,
     pub(super) vm: VmId,
     pub(super) stage: Stage,
+    /// Which member of the fleet works on it, unless it is installed: others leave it alone while that one lives.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) member: Option<MemberId>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) package: Option<StoredPackage>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -68,10 +80,30 @@ pub(super) struct Record {
     pub(super) delete_action: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) probe: Option<StoredProbe>,
-    /// A condition's environment, values and all: it runs again after a restart of this server. That of features and
-    /// injects is not kept.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) environment: BTreeMap<String, String>,
+    /// What is needed again later and nobody may read. It never is a part of the record's own text.
+    #[serde(skip)]
+    pub(super) secrets: Secrets,
+}
+
+/// A record as the store has it.
+#[derive(Serialize)]
+struct Form<'a> {
+    #[serde(flatten)]
+    record: &'a Record,
+    #[serde(flatten)]
+    kept: Kept,
+}
+
+/// What is read of it.
+#[derive(Deserialize)]
+struct Read {
+    #[serde(flatten)]
+    record: Record,
+    #[serde(flatten)]
+    kept: Kept,
+    /// Of the first schema, which had it in clear.
+    #[serde(default)]
+    environment: BTreeMap<String, String>,
 }
 
 /// The store's own words for [`InstallKind`], so that renaming a variant never makes records unreadable.
@@ -141,12 +173,13 @@ impl fmt::Debug for Record {
             .field("name", &self.name)
             .field("vm", &self.vm)
             .field("stage", &self.stage)
+            .field("member", &self.member)
             .field("package", &self.package)
             .field("assets", &self.assets)
             .field("user", &self.user)
             .field("delete_action", &self.delete_action)
             .field("probe", &self.probe)
-            .field("environment", &self.environment.keys().collect::<Vec<_>>())
+            .field("secrets", &self.secrets)
             .finish()
     }
 }
@@ -161,12 +194,13 @@ impl Record {
             name,
             vm,
             stage: Stage::Copying,
+            member: None,
             package: None,
             assets: Vec::new(),
             user: None,
             delete_action: None,
             probe: None,
-            environment: BTreeMap::new(),
+            secrets: Secrets::default(),
         }
     }
 
@@ -181,7 +215,7 @@ impl Record {
 
     /// Checks that the store can take it.
     pub(super) fn check_size(&self) -> Result<()> {
-        let bytes = self.write()?.len();
+        let bytes = to_json(self)?.len() + self.secrets.stored_bytes();
         if bytes > MAX_VALUE_BYTES {
             return Err(Error::invalid(
                 "assets",
@@ -205,8 +239,56 @@ impl Record {
             interval: self.probe.as_ref().map(StoredProbe::interval),
         }
     }
+}
 
-    fn read(key: &Key, value: &[u8]) -> Result<Self> {
+fn to_json(value: &impl Serialize) -> Result<Bytes> {
+    serde_json::to_vec(value)
+        .map(Bytes::from)
+        .map_err(|error| Error::internal("an install cannot be written as JSON").with_source(error))
+}
+
+/// A record and the version a write of it must name.
+#[derive(Clone, Debug)]
+pub(super) struct Stored {
+    pub(super) record: Record,
+    pub(super) version: Version,
+}
+
+/// The installs in a store.
+#[derive(Clone, Debug)]
+pub(super) struct Records {
+    store: Arc<dyn StateStore>,
+    secrets: Place,
+    fleet: Option<Fleet>,
+}
+
+impl Records {
+    pub(super) fn new(store: Arc<dyn StateStore>, secrets: SecretStorage, fleet: Option<Fleet>) -> Self {
+        Self { store, secrets: Place::new(secrets), fleet }
+    }
+
+    /// Who works on a record that is at this stage from now on: this process.
+    fn worker(&self, stage: Stage) -> Result<Option<MemberId>> {
+        match &self.fleet {
+            Some(fleet) if stage != Stage::Installed => fleet.require_member().map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether the session ended under which this record's work began.
+    pub(super) fn is_of_another_session(&self, record: &Record) -> bool {
+        self.fleet.as_ref().is_some_and(|fleet| record.member != fleet.member())
+    }
+
+    /// Checks that a record's secrets may be kept, before anything is done for it.
+    ///
+    /// # Errors
+    /// `Conflict` with reason `SEALED` when there is no key to seal them with.
+    pub(super) fn check(&self, record: &Record) -> Result<()> {
+        self.secrets.check(&record.secrets)
+    }
+
+    fn read(&self, key: &Key, value: &[u8]) -> Result<Record> {
         #[derive(Deserialize)]
         struct Schema {
             schema: u32,
@@ -223,46 +305,34 @@ impl Record {
             ))
             .on(key.as_str()));
         }
-        serde_json::from_slice(value).map_err(unreadable)
+        let Read { mut record, kept, environment } = serde_json::from_slice(value).map_err(unreadable)?;
+        record.schema = SCHEMA;
+        record.secrets = match schema {
+            1 => Secrets::of_environment(environment),
+            _ => self.secrets.find(key.as_str(), record.id, kept),
+        };
+        Ok(record)
     }
 
-    fn write(&self) -> Result<Bytes> {
-        serde_json::to_vec(self)
-            .map(Bytes::from)
-            .map_err(|error| Error::internal("an install cannot be written as JSON").with_source(error))
-    }
-}
-
-/// A record and the version a write of it must name.
-#[derive(Clone, Debug)]
-pub(super) struct Stored {
-    pub(super) record: Record,
-    pub(super) version: Version,
-}
-
-/// The installs in a store.
-#[derive(Clone, Debug)]
-pub(super) struct Records {
-    store: Arc<dyn StateStore>,
-}
-
-impl Records {
-    pub(super) fn new(store: Arc<dyn StateStore>) -> Self {
-        Self { store }
+    fn write(&self, key: &Key, record: &Record) -> Result<Bytes> {
+        let kept = self.secrets.keep(key.as_str(), record.id, &record.secrets)?;
+        to_json(&Form { record, kept })
     }
 
     /// Writes a new record.
-    pub(super) async fn create(&self, record: &Record) -> Result<Version> {
-        let version = self.put(&key(record.id)?, record.write()?, Precondition::Absent).await?;
+    pub(super) async fn create(&self, record: &Record) -> Result<Stored> {
+        let key = key(record.id)?;
+        let record = Record { member: self.worker(record.stage)?, ..record.clone() };
+        let version = self.put(&key, self.write(&key, &record)?, Precondition::Absent).await?;
         self.put(&index_key(record.vm, record.id)?, Bytes::new(), Precondition::Any).await?;
-        Ok(version)
+        Ok(Stored { record, version })
     }
 
     pub(super) async fn get(&self, id: InstallId) -> Result<Option<Stored>> {
         let key = key(id)?;
         match bounded(self.store.get(&key)).await? {
             None => Ok(None),
-            Some(Versioned { value, version }) => Ok(Some(Stored { record: Record::read(&key, &value)?, version })),
+            Some(Versioned { value, version }) => Ok(Some(Stored { record: self.read(&key, &value)?, version })),
         }
     }
 
@@ -271,13 +341,13 @@ impl Records {
     /// A write whose outcome is unknown is looked up, and repeated until `deadline`: it must not be that the guest is
     /// ahead of the store for a hiccup of the store.
     pub(super) async fn advance(&self, stored: &mut Stored, stage: Stage, deadline: Duration) -> Result<()> {
-        let next = Record { stage, ..stored.record.clone() };
+        let next = Record { stage, member: self.worker(stage)?, ..stored.record.clone() };
         let key = key(next.id)?;
         let ends = tokio::time::Instant::now() + deadline;
         let mut pause = Duration::from_millis(20);
         let mut expected = stored.version;
         loop {
-            let error = match self.put(&key, next.write()?, Precondition::Version(expected)).await {
+            let error = match self.put(&key, self.write(&key, &next)?, Precondition::Version(expected)).await {
                 Ok(version) => {
                     *stored = Stored { record: next, version };
                     return Ok(());
@@ -311,6 +381,7 @@ impl Records {
     /// Drops a record, whatever it says by now.
     pub(super) async fn delete(&self, vm: VmId, id: InstallId) -> Result<Deletion> {
         let deletion = bounded(self.store.delete(&key(id)?, Precondition::Any)).await?;
+        self.secrets.forget(id);
         self.delete_index(vm, id).await?;
         Ok(deletion)
     }
@@ -345,9 +416,7 @@ impl Records {
         let next = (page.len() == MAX_PAGE).then(|| page.last().map(|(key, _)| key.clone())).flatten();
         let read = page
             .into_iter()
-            .map(|(key, Versioned { value, version })| {
-                Record::read(&key, &value).map(|record| Stored { record, version })
-            })
+            .map(|(key, Versioned { value, version })| self.read(&key, &value).map(|record| Stored { record, version }))
             .collect();
         Ok((read, next))
     }
@@ -396,19 +465,30 @@ fn vm_in(key: &Key) -> Option<VmId> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        memory::MemoryState,
+        seal::{SealKey, Sealer},
+    };
 
     fn record() -> Record {
         let mut record = Record::new(InstallKind::Condition, "c".into(), VmId::random());
         record.probe = Some(StoredProbe { line: "echo 1".into(), interval_ms: 1500 });
-        record.environment.insert("TOKEN".into(), "canary-value".into());
+        record.secrets = Secrets::of_environment([("TOKEN".into(), "canary-value".into())].into());
         record
+    }
+
+    fn records() -> Records {
+        let sealer = Sealer::new(vec![SealKey::generate()]).unwrap();
+        Records::new(Arc::new(MemoryState::new()), SecretStorage::Sealed(Arc::new(sealer)), None)
     }
 
     #[test]
     fn a_record_comes_back_as_written() {
-        let record = record();
+        let (records, record) = (records(), record());
         let key = key(record.id).unwrap();
-        assert_eq!(Record::read(&key, &record.write().unwrap()).unwrap(), record);
+        let text = records.write(&key, &record).unwrap();
+        assert_eq!(records.read(&key, &text).unwrap(), record);
+        assert!(!String::from_utf8_lossy(&text).contains("canary"), "{text:?}");
     }
 
     #[test]
@@ -416,20 +496,29 @@ mod tests {
         let text = r#"{"schema":1,"id":"6f1c1d3e-8d0b-4a58-9d7f-0b1c2d3e4f50","kind":"feature","name":"web",
             "vm":"11111111-2222-4333-8444-555555555555","stage":"installed",
             "package":{"name":"web","version":"1.0.0","sha256":"00"},
-            "assets":[{"path":"/srv/a","bytes":3,"sha256":"11"}],"user":"ada","delete_action":"rm -rf /srv"}"#;
+            "assets":[{"path":"/srv/a","bytes":3,"sha256":"11"}],"user":"ada","delete_action":"rm -rf /srv",
+            "environment":{"A":"b"}}"#;
         let key = Key::new("exec/install/x").unwrap();
-        let record = Record::read(&key, text.as_bytes()).unwrap();
+        let records = records();
+        let record = records.read(&key, text.as_bytes()).unwrap();
         assert_eq!(
             (record.kind(), record.stage, record.user.as_deref()),
             (InstallKind::Feature, Stage::Installed, Some("ada"))
         );
         assert_eq!(record.assets[0].path, "/srv/a");
+        // From its next write on it has the second form.
+        let text = records.write(&key, &record).unwrap();
+        assert!(!String::from_utf8_lossy(&text).contains("environment"), "{text:?}");
+        assert_eq!(
+            *records.read(&key, &text).unwrap().secrets.environment().unwrap(),
+            [("A".into(), "b".into())].into()
+        );
     }
 
     #[test]
     fn a_record_of_a_later_version_is_refused_and_named() {
         let key = Key::new("exec/install/x").unwrap();
-        let error = Record::read(&key, br#"{"schema":2,"new":true}"#).unwrap_err();
+        let error = records().read(&key, br#"{"schema":3,"new":true}"#).unwrap_err();
         assert!(error.to_string().contains("newer version") && error.to_string().contains("exec/install/x"), "{error}");
     }
 

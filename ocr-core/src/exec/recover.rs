@@ -14,7 +14,7 @@ use super::{
     record::{Record, Stage},
     remove::{Removal, Removed},
 };
-use crate::{Error, InstallId, Key, Result, VmFilter, VmId};
+use crate::{Error, InstallId, Key, Result, VmFilter, VmId, fleet::Gone};
 
 /// How many machines are worked on at once.
 const AT_ONCE: usize = 16;
@@ -51,10 +51,16 @@ impl Inner {
             let mut machines = Vec::new();
             for (vm, mut records) in by_vm {
                 let there = known.as_ref().is_none_or(|known| known.contains(&vm));
+                let mut elsewhere = HashSet::new();
+                for record in records.iter().filter(|record| record.stage != Stage::Installed) {
+                    if self.is_worked_on_elsewhere(record).await? {
+                        elsewhere.insert(record.id);
+                    }
+                }
                 // What this process works on is no leftover; what is whole, on a machine that is there, needs nothing.
                 records.retain(|record| {
                     let whole = there && record.stage == Stage::Installed;
-                    !whole && !self.is_active(record.id)
+                    !whole && !self.is_active(record.id) && !elsewhere.contains(&record.id)
                 });
                 if !records.is_empty() {
                     machines.push((vm, there, records));
@@ -74,6 +80,9 @@ impl Inner {
             }
         }
         self.sweep_index().await?;
+        if let Some(fleet) = &self.fleet {
+            fleet.sweep().await?;
+        }
         if report != RecoverReport::default() {
             tracing::info!(
                 undone = report.undone.len(),
@@ -120,6 +129,14 @@ impl Inner {
         report
     }
 
+    /// Whether another process, which lives, is at work on an install or its removal.
+    pub(super) async fn is_worked_on_elsewhere(&self, record: &Record) -> Result<bool> {
+        match (&self.fleet, record.member) {
+            (Some(fleet), Some(member)) if fleet.member() != Some(member) => fleet.is_living(member).await,
+            _ => Ok(false),
+        }
+    }
+
     /// Whether a machine that was not in the list is gone. A guest that answers says that the list is another cloud's:
     /// wrong credentials must not cost every record.
     async fn is_surely_gone(self: &Arc<Self>, vm: VmId) -> Result<bool, String> {
@@ -127,6 +144,7 @@ impl Inner {
             return Ok(false);
         }
         let inner = self.clone();
+        let _need = self.need(vm);
         let what = format!("look whether {vm} is gone");
         let answered = self
             .scheduler
@@ -151,6 +169,9 @@ impl Inner {
         }
         // After the records: a watch that begins meanwhile either finds no record or is ended here.
         self.end_watches(Some(vm), Ended::MachineGone);
+        if let Some(fleet) = &self.fleet {
+            fleet.announce(Gone::Vm(vm));
+        }
         failed.map_or(Ok(forgotten), Err)
     }
 

@@ -18,9 +18,9 @@ use super::{
     hold::Hold,
     install::{STORE_PATIENCE, command_failed},
     record::{Record, Stage, StoredAsset},
-    turns::{Slot, Turn, Verdict},
+    turns::{Slot, Turn, Verdict, is_elsewhere},
 };
-use crate::{Error, ErrorKind, ExecRequest, InstallId, OperationId, Result, Retry, VmId, error::reason};
+use crate::{Error, ErrorKind, ExecRequest, InstallId, OperationId, RemoveFiles, Result, Retry, VmId, error::reason};
 
 /// What a turn may take beside the delete action, to remove files and to compare them.
 const TURN_MARGIN: Duration = Duration::from_secs(300);
@@ -107,7 +107,7 @@ impl Removal {
         if stored.record.stage == Stage::Installed
             && let Err(error) = inner.records.advance(&mut stored, Stage::Removing, STORE_PATIENCE).await
         {
-            return Turn::Failed(error);
+            return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
         }
         if stored.record.stage == Stage::Removing
             && !self.deleted
@@ -189,21 +189,32 @@ impl Inner {
         }
     }
 
-    /// Removes a record's assets from its guest: the last one first, none that another install has too.
+    /// Removes a record's assets from its guest: the last one first, none that another install has too. With them goes
+    /// what an interrupted copy left beside its target, even when no asset got as far as to have its name.
     async fn clear(&self, record: &Record) -> Result<()> {
         if record.assets.is_empty() {
             return Ok(());
         }
         let shared = self.paths_of_others(record).await?;
-        let mut failed = None;
+        let mut request = RemoveFiles::default();
         for asset in record.assets.iter().rev().filter(|asset| !shared.contains(&asset.path)) {
-            match self.clear_one(record, asset).await {
-                Ok(()) => {}
+            let ours = record.stage != Stage::Copying || self.is_ours(record.vm, asset).await?;
+            if ours && !request.paths.contains(&asset.path) {
+                request.paths.push(asset.path.clone());
+            }
+        }
+        let mut failed = None;
+        let outcomes = self.guest.remove_files(record.vm, &request).await?;
+        for (path, outcome) in request.paths.iter().zip(outcomes) {
+            match outcome {
+                Ok(_) => {}
+                // No parent folder either.
+                Err(error) if error.kind() == ErrorKind::NotFound && error.reason() != Some(reason::GUEST_GONE) => {}
                 // Nothing but a folder is refused like this, and a folder is never ours.
                 Err(error)
                     if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Conflict) && error.reason().is_none() =>
                 {
-                    tracing::debug!(id = %record.id, path = asset.path, %error, "not a file; left alone");
+                    tracing::debug!(id = %record.id, path, %error, "not a file; left alone");
                 }
                 Err(error) if error.reason().is_some() || error.retry() != Retry::Never => return Err(error),
                 Err(error) => failed = failed.or(Some(error)),
@@ -212,24 +223,18 @@ impl Inner {
         failed.map_or(Ok(()), Err)
     }
 
-    async fn clear_one(&self, record: &Record, asset: &StoredAsset) -> Result<()> {
-        if record.stage == Stage::Copying && !self.is_ours(record.vm, asset).await? {
-            return Ok(());
-        }
-        match self.guest.remove_file(record.vm, &asset.path).await {
-            Ok(_) => Ok(()),
-            // No parent folder either.
-            Err(error) if error.kind() == ErrorKind::NotFound && error.reason() != Some(reason::GUEST_GONE) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Whether the guest's file is the asset's. While copying, an asset that was never written must not cost the guest
     /// a file of its own: it has that one whole, or ours whole.
     async fn is_ours(&self, vm: VmId, asset: &StoredAsset) -> Result<bool> {
         match self.guest.get_file(vm, &asset.path, asset.bytes).await {
             Ok(content) => Ok(hex(&Sha256::digest(&content)) == asset.sha256),
             Err(error) if error.kind() == ErrorKind::Exhausted => Ok(false),
+            // A folder, or something else that is no file.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::Invalid | ErrorKind::Conflict) && error.reason().is_none() =>
+            {
+                Ok(false)
+            }
             Err(error) if error.kind() == ErrorKind::NotFound && error.reason() != Some(reason::GUEST_GONE) => {
                 Ok(false)
             }
@@ -241,11 +246,16 @@ impl Inner {
         let others = self.records.of_vm(record.vm).await?;
         Ok(others
             .into_iter()
-            .filter(|other| other.record.id != record.id && other.record.stage == Stage::Installed)
+            .filter(|other| other.record.id != record.id && has_assets(other.record.stage))
             .flat_map(|other| other.record.assets)
             .map(|asset| asset.path)
             .collect())
     }
+}
+
+/// Whether an install's assets are all there, and wanted. One that still copies writes its own again if need be.
+fn has_assets(stage: Stage) -> bool {
+    matches!(stage, Stage::Acting | Stage::Installed)
 }
 
 /// Lower-case hex.

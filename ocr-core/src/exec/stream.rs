@@ -1,7 +1,7 @@
 //! A condition's values on their way to its streams: one place for the latest value, and a seat for each stream.
 //!
 //! There are many more streams than anything else in this process, and nearly all of them are silent. So a stream is
-//! three words and a seat is a waker: no channel, no future and no buffer of its own.
+//! a few words and a seat is a waker: no channel, no future and no buffer of its own.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use super::{
     condition::{Ended, Runner},
     lock,
 };
-use crate::Result;
+use crate::{Result, fleet::Watch};
 
 /// How many streams are woken between two locks. Wakers are other people's code: none runs under the lock.
 const BATCH: usize = 32;
@@ -33,6 +33,8 @@ pub struct ConditionStream {
     /// How many values had come when it last looked.
     seen: u64,
     seat: usize,
+    /// Tells other processes that it is watched here. Boxed: most executors are alone.
+    watch: Option<Box<Watch>>,
 }
 
 /// The latest of a condition, and who waits for the next.
@@ -44,7 +46,9 @@ pub(super) struct Channel {
 #[derive(Default)]
 struct State {
     values: u64,
-    latest: Option<(f32, Duration)>,
+    /// The latest, once there is one, and how late its run was.
+    value: f32,
+    lateness_us: u64,
     ended: Option<Ended>,
     seats: Slab<Option<Waker>>,
 }
@@ -54,7 +58,8 @@ impl Channel {
     pub(super) fn publish(&self, value: f32, lateness: Duration) {
         self.tell(|state| {
             state.values += 1;
-            state.latest = Some((value, lateness));
+            state.value = value;
+            state.lateness_us = u64::try_from(lateness.as_micros()).unwrap_or(u64::MAX);
         });
     }
 
@@ -63,6 +68,10 @@ impl Channel {
         self.tell(|state| {
             state.ended.get_or_insert(ended);
         });
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        lock(&self.state).ended.is_some()
     }
 
     /// How many streams there are.
@@ -99,7 +108,7 @@ impl Channel {
 
 impl ConditionStream {
     /// A stream of the values from now on.
-    pub(super) fn new(runner: Arc<Runner>) -> Self {
+    pub(super) fn new(runner: Arc<Runner>, watch: Option<Watch>) -> Self {
         let (seen, seat) = {
             let state = &mut *lock(&runner.channel().state);
             if state.seats.capacity() == 0 {
@@ -108,7 +117,7 @@ impl ConditionStream {
             }
             (state.values, state.seats.insert(None))
         };
-        Self { runner: Some(runner), seen, seat }
+        Self { runner: Some(runner), seen, seat, watch: watch.map(Box::new) }
     }
 
     /// Gives the seat back. The waker and the runner are dropped without the lock: either may be the last of its kind.
@@ -116,6 +125,7 @@ impl ConditionStream {
         let runner = self.runner.take()?;
         let waker = lock(&runner.channel().state).seats.try_remove(self.seat);
         drop(waker);
+        self.watch = None;
         Some(runner)
     }
 }
@@ -130,9 +140,8 @@ impl Stream for ConditionStream {
             let state = &mut *lock(&runner.channel().state);
             if state.ended.is_none() && state.values != this.seen {
                 this.seen = state.values;
-                if let Some((value, lateness)) = state.latest {
-                    return Poll::Ready(Some(Ok(ConditionValue { condition: runner.id(), value, lateness })));
-                }
+                let (value, lateness) = (state.value, Duration::from_micros(state.lateness_us));
+                return Poll::Ready(Some(Ok(ConditionValue { condition: runner.id(), value, lateness })));
             }
             let mut earlier = None;
             if state.ended.is_none()

@@ -18,7 +18,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Inner, hold::Held};
-use crate::{Error, ErrorKind, Result, Retry, Vm, VmId, VmState, error::reason, queue::scheduler::MAX_INTERVAL};
+use crate::{
+    Error, ErrorKind, Result, Retry, Vm, VmId, VmState, error::reason, fleet::Need, queue::scheduler::MAX_INTERVAL,
+};
 
 /// What asking for a machine may take.
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(30);
@@ -73,6 +75,8 @@ impl Inner {
         begun: impl Fn() -> bool + Send,
         turn: impl Fn() -> BoxFuture<'static, Turn<T>> + Send,
     ) -> Result<T> {
+        // The machine comes to this process, or stays here, as long as there is something to do.
+        let need = self.need(slot.vm);
         let mut wait = Wait::new(self.config.ready_interval, slot.patience);
         let mut was_begun = begun();
         loop {
@@ -105,6 +109,9 @@ impl Inner {
                     queued.await
                 }
             };
+            if let Some(need) = &need {
+                need.had_its_turn();
+            }
             if !was_begun && begun() {
                 // What was spent waiting for a guest to boot is not taken from what an interruption may take.
                 was_begun = true;
@@ -113,6 +120,14 @@ impl Inner {
             let not_yet = match outcome {
                 Ok(Turn::Done(done)) => return Ok(done),
                 Ok(Turn::Failed(error)) => return Err(error),
+                Ok(Turn::NotYet(error)) if is_elsewhere(&error) => {
+                    // Not the guest's doing, so it does not count as waiting for it. The next turn begins when the machine
+                    // is this process's again.
+                    tokio::select! {
+                        () = tokio::time::sleep(Wait::FIRST) => continue,
+                        () = caller.cancelled(), if !was_begun => return Err(caller_gone()),
+                    }
+                }
                 Ok(Turn::NotYet(error)) => error,
                 Ok(Turn::Held(_)) if slot.patience.is_zero() => {
                     return Err(Error::unavailable("another install keeps the machine"));
@@ -163,7 +178,15 @@ impl Inner {
                 _ => Verdict::Final(error),
             };
         }
+        if is_elsewhere(&error) {
+            return Verdict::NotYet(error);
+        }
         if error.retry() == Retry::Never { Verdict::Final(error) } else { Verdict::NotYet(error) }
+    }
+
+    /// Says to the fleet, where there is one, that this process has something to do on a machine.
+    pub(super) fn need(&self, vm: VmId) -> Option<Need> {
+        self.fleet.as_ref().map(|fleet| fleet.need(vm))
     }
 
     /// Whether the compute backend says for certain that there is no such machine.
@@ -180,6 +203,11 @@ impl Inner {
             ))),
         }
     }
+}
+
+/// Whether another process has the machine now, or may have it: what was refused so comes again.
+pub(super) fn is_elsewhere(error: &Error) -> bool {
+    matches!(error.reason(), Some(reason::LEASE_LOST | reason::FENCED))
 }
 
 /// The error of a machine that is gone.

@@ -9,8 +9,8 @@ use super::{Around, Call, Layered, Resource};
 use crate::{
     Access, ComputeBackend, ComputeCapabilities, Deletion, ExecOutput, ExecRequest, GuestCapabilities, GuestExec,
     GuestInfo, Image, ImageBackend, ImageCapabilities, ImageFilter, ImageId, ImageSpec, Key, Name, Network,
-    NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId, NetworkSpec, PowerAction, Precondition, PutFile,
-    Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
+    NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId, NetworkSpec, PowerAction, Precondition, PutFiles,
+    RemoveFiles, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
 };
 
 #[async_trait]
@@ -131,9 +131,9 @@ impl<A: Around, B: GuestExec + ?Sized> GuestExec for Layered<A, B> {
         self.around.around(&call, || self.inner.guest_info(vm)).await
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        let call = Call::new("guest.put_file", Resource::Vm(vm));
-        self.around.around(&call, || self.inner.put_file(vm, file)).await
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        let call = Call::new("guest.put_files", Resource::Vm(vm));
+        self.around.around(&call, || self.inner.put_files(vm, request)).await
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
@@ -141,14 +141,17 @@ impl<A: Around, B: GuestExec + ?Sized> GuestExec for Layered<A, B> {
         self.around.around(&call, || self.inner.get_file(vm, path, limit_bytes)).await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        let call = Call::new("guest.remove_file", Resource::Vm(vm));
-        self.around.around(&call, || self.inner.remove_file(vm, path)).await
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        let call = Call::new("guest.remove_files", Resource::Vm(vm));
+        self.around.around(&call, || self.inner.remove_files(vm, request)).await
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
         // Repeatable by its operation id: the guest answers a repeat and does not run it again.
-        let call = Call { granted: Some(request.deadline), ..Call::new("guest.exec", Resource::Vm(vm)) };
+        // Under a fence it may first wait as long for what runs under an older one.
+        let waits = if request.fence.is_some() { 2 } else { 1 };
+        let granted = request.deadline.saturating_mul(waits);
+        let call = Call { granted: Some(granted), ..Call::new("guest.exec", Resource::Vm(vm)) };
         self.around.around(&call, || self.inner.exec(vm, request)).await
     }
 }

@@ -11,7 +11,7 @@ use crate::{Error, Result, error::seconds};
 /// | operations | limit by default |
 /// |---|---|
 /// | `state.` | 10 s |
-/// | `guest.put_file`, `guest.get_file` | 300 s |
+/// | `guest.put_files`, `guest.get_file` | 300 s |
 /// | `image.import_image`, `image.capture_vm`, `image.export_image` | 3600 s |
 /// | all others | 60 s |
 ///
@@ -30,7 +30,7 @@ impl Default for TimeoutLayer {
         const WHOLE_DISK: Duration = Duration::from_secs(3600);
         Self::new(Duration::from_secs(60))
             .limit("state.", Duration::from_secs(10))
-            .limit("guest.put_file", TRANSFER)
+            .limit("guest.put_files", TRANSFER)
             .limit("guest.get_file", TRANSFER)
             .limit("image.import_image", WHOLE_DISK)
             .limit("image.capture_vm", WHOLE_DISK)

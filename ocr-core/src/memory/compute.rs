@@ -12,8 +12,8 @@ use super::{
     tree::Tree,
 };
 use crate::{
-    Access, ComputeBackend, ComputeCapabilities, Deletion, Error, ErrorKind, Nic, OsFamily, PowerAction, Result, Vm,
-    VmFilter, VmId, VmSpec, VmState,
+    Access, ComputeBackend, ComputeCapabilities, Deletion, Error, ErrorKind, FencingToken, Nic, OsFamily, PowerAction,
+    Result, Vm, VmFilter, VmId, VmSpec, VmState,
 };
 
 pub(super) struct Machine {
@@ -30,6 +30,8 @@ pub(super) struct Machine {
     pub(super) users: Vec<String>,
     pub(super) operations: Operations,
     pub(super) commands: u64,
+    /// The newest token seen; it is on the guest's disk.
+    pub(super) fence: Option<FencingToken>,
     /// What was last said by `set_access`.
     pub(super) access: Access,
 }
@@ -170,6 +172,7 @@ impl Inner {
             users,
             operations: Operations::default(),
             commands: 0,
+            fence: None,
             access: Access::Open,
         };
         world.vms.insert(id, machine);

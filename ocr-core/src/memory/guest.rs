@@ -18,16 +18,19 @@ use super::{
     tree::{Fail, ROOT, Tree, parent},
 };
 use crate::{
-    Command, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, OperationId,
-    OsFamily, PutFile, Result, Retry, VmId, VmState,
+    Command, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, FencingToken, GuestCapabilities, GuestExec,
+    GuestInfo, OperationId, OsFamily, PutFile, PutFiles, RemoveFiles, Result, Retry, VmId, VmState,
     error::{reason, seconds},
-    guest::check_guest_path,
+    guest::{check_guest_path, fence_wait_ended, fenced},
 };
 
 /// The most results kept for repeats, per machine.
 const MAX_RESULTS: usize = 1_000;
 /// The most output kept in those results, per machine, in bytes. The newest result is always kept.
 const MAX_RESULT_BYTES: usize = 64 << 20;
+
+/// How long work on files waits for what runs under an older fencing token.
+const FILES_WAIT: Duration = Duration::from_secs(60);
 
 /// How a guest's agent behaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +69,17 @@ pub(super) struct Operations {
 struct Operation {
     outcome: watch::Sender<Option<Outcome>>,
     task: Option<AbortHandle>,
+    fence: Option<FencingToken>,
+}
+
+/// An operation's end, for those who wait.
+type Seen = watch::Receiver<Option<Outcome>>;
+
+/// What became of a request under a fence.
+enum Entered<T> {
+    In(T),
+    /// This works still, under an older token.
+    Wait(Seen),
 }
 
 #[derive(Clone, Debug)]
@@ -90,6 +104,13 @@ impl Operations {
                 self.bytes -= size(oldest.outcome.borrow().as_ref());
             }
         }
+    }
+
+    /// One that runs still under an older token.
+    fn older(&self, fence: Option<FencingToken>) -> Option<Seen> {
+        let runs = |operation: &&Operation| operation.outcome.borrow().is_none();
+        let older = |operation: &&Operation| operation.fence.is_some_and(|token| Some(token) < fence);
+        self.by_id.values().filter(runs).find(older).map(|operation| operation.outcome.subscribe())
     }
 
     /// Ends all that run. What they did so far stays done.
@@ -177,6 +198,35 @@ fn user_number(users: &[String], user: &str) -> Option<usize> {
     users.iter().position(|known| known == user).map(|index| if index == 0 { 0 } else { 999 + index })
 }
 
+/// Takes note of a request's token.
+fn see(machine: &mut Machine, fence: Option<FencingToken>) -> Result<()> {
+    match fence {
+        Some(token) if Some(token) < machine.fence => Err(fenced(token)),
+        Some(_) => {
+            machine.fence = fence;
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// Repeats an attempt until nothing older works any more.
+async fn entered<T>(limit: Duration, attempt: impl Fn() -> Result<Entered<T>>) -> Result<T> {
+    let end = tokio::time::Instant::now().checked_add(limit);
+    loop {
+        let mut older = match attempt()? {
+            Entered::In(done) => return Ok(done),
+            Entered::Wait(older) => older,
+        };
+        let ended = older.wait_for(Option::is_some);
+        match end {
+            // A sender that is gone is an operation that is.
+            Some(end) => drop(tokio::time::timeout_at(end, ended).await.map_err(|_| fence_wait_ended(limit))?),
+            None => drop(ended.await),
+        }
+    }
+}
+
 fn agent_error(kind: ErrorKind, reason: &'static str, message: &str, vm: VmId) -> Error {
     Error::new(kind, message).with_reason(reason).on(format!("vm {vm}"))
 }
@@ -219,32 +269,27 @@ impl Inner {
         })
     }
 
-    fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        check_guest_path(&file.path)?;
-        if file.content.len() as u64 > self.options.max_file_bytes {
-            let why = format_args!("at most {} bytes, got {}", self.options.max_file_bytes, file.content.len());
-            return Err(Error::invalid("content", why));
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        for file in &request.files {
+            check_guest_path(&file.path)?;
         }
-        self.with_files(vm, |machine| {
-            let owner = file.owner.as_deref().unwrap_or(ROOT);
-            if user_number(&machine.users, owner).is_none() {
-                let why = format_args!("the guest has no user {}", crate::id::shown(owner));
-                return Err(Error::invalid("owner", why));
-            }
-            // All of it or nothing: the changes are made on a copy.
-            let mut files = Tree::clone(&machine.files);
-            let mut put = || {
-                if file.make_parents {
-                    files.make_folders(ROOT, parent(&file.path))?;
+        request.check(self.options.max_file_bytes)?;
+        let attempt = || {
+            self.with_files(vm, |machine| {
+                see(machine, request.fence)?;
+                if let Some(older) = machine.operations.older(request.fence) {
+                    return Ok(Entered::Wait(older));
                 }
-                files.write(ROOT, &file.path, &file.content, false)?;
-                files.set_mode(ROOT, &file.path, file.mode.unwrap_or(0o644))?;
-                files.set_owner(ROOT, &file.path, owner)
-            };
-            put().map_err(|fail| file_error(fail, &file.path))?;
-            machine.files = Arc::new(files);
-            Ok(())
-        })
+                // All of it or nothing: the changes are made on a copy.
+                let mut files = Tree::clone(&machine.files);
+                for file in &request.files {
+                    put_one(&machine.users, &mut files, file)?;
+                }
+                machine.files = Arc::new(files);
+                Ok(Entered::In(()))
+            })
+        };
+        entered(FILES_WAIT, attempt).await
     }
 
     fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
@@ -259,32 +304,29 @@ impl Inner {
         })
     }
 
-    fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        check_guest_path(path)?;
-        self.with_files(vm, |machine| {
-            let files = Arc::make_mut(&mut machine.files);
-            if files.look(path).is_some_and(super::tree::Node::is_folder) {
-                return Err(file_error(Fail::Folder, path));
-            }
-            match files.remove(ROOT, path) {
-                Ok(()) => Ok(Deletion::Deleted),
-                Err(Fail::Missing | Fail::NoFolder) => Ok(Deletion::AlreadyGone),
-                Err(fail) => Err(file_error(fail, path)),
-            }
-        })
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        request.paths.iter().try_for_each(|path| check_guest_path(path))?;
+        let attempt = || {
+            self.with_files(vm, |machine| {
+                see(machine, request.fence)?;
+                if let Some(older) = machine.operations.older(request.fence) {
+                    return Ok(Entered::Wait(older));
+                }
+                let files = Arc::make_mut(&mut machine.files);
+                Ok(Entered::In(request.paths.iter().map(|path| remove_one(files, path)).collect()))
+            })
+        };
+        entered(FILES_WAIT, attempt).await
     }
 
     /// The running or ended command of this operation, started now if there is none.
-    fn begin(self: &Arc<Self>, vm: VmId, request: &ExecRequest) -> Result<watch::Receiver<Option<Outcome>>> {
-        request.check()?;
-        if request.user.is_some() && !self.options.users {
-            return Err(Error::unsupported("user: this backend runs commands as the agent's own user only"));
-        }
+    fn begin(self: &Arc<Self>, vm: VmId, request: &ExecRequest) -> Result<Entered<Seen>> {
         self.with_guest(vm, |machine| {
             if let AgentMode::Disabled { exec: true, .. } = machine.agent {
                 let why = "the guest agent forbids commands";
                 return Err(agent_error(ErrorKind::Unsupported, reason::AGENT_COMMAND_DISABLED, why, vm));
             }
+            see(machine, request.fence)?;
             if let Some(operation) = machine.operations.by_id.get(&request.operation) {
                 return match &*operation.outcome.borrow() {
                     Some(Outcome::Lost(why)) => Err(Error::new(
@@ -292,7 +334,7 @@ impl Inner {
                         format!("{why} while the command ran; how far it came is not known, and it is not run again"),
                     )
                     .on(format!("vm {vm}"))),
-                    _ => Ok(operation.outcome.subscribe()),
+                    _ => Ok(Entered::In(operation.outcome.subscribe())),
                 };
             }
             let user = request.user.as_deref().unwrap_or(ROOT);
@@ -300,11 +342,15 @@ impl Inner {
                 let why = format_args!("the guest has no user {}", crate::id::shown(user));
                 return Err(Error::invalid("user", why));
             }
+            if let Some(older) = machine.operations.older(request.fence) {
+                return Ok(Entered::Wait(older));
+            }
             let (outcome, seen) = watch::channel(None);
             let task = tokio::spawn(self.command(vm, user, request)).abort_handle();
-            machine.operations.by_id.insert(request.operation, Operation { outcome, task: Some(task) });
+            let operation = Operation { outcome, task: Some(task), fence: request.fence };
+            machine.operations.by_id.insert(request.operation, operation);
             machine.commands += 1;
-            Ok(seen)
+            Ok(Entered::In(seen))
         })
     }
 
@@ -346,7 +392,11 @@ impl Inner {
     }
 
     async fn exec(self: &Arc<Self>, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
-        let mut seen = self.begin(vm, request)?;
+        request.check()?;
+        if request.user.is_some() && !self.options.users {
+            return Err(Error::unsupported("user: this backend runs commands as the agent's own user only"));
+        }
+        let mut seen = entered(request.deadline, || self.begin(vm, request)).await?;
         let outcome = match seen.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.clone(),
             Err(_) => None,
@@ -369,6 +419,34 @@ impl Inner {
                     .with_retry(Retry::Ambiguous))
             }
         }
+    }
+}
+
+fn put_one(users: &[String], files: &mut Tree, file: &PutFile) -> Result<()> {
+    let owner = file.owner.as_deref().unwrap_or(ROOT);
+    if user_number(users, owner).is_none() {
+        let why = format_args!("the guest has no user {}", crate::id::shown(owner));
+        return Err(Error::invalid("owner", why).on(&file.path));
+    }
+    let mut put = || {
+        if file.make_parents {
+            files.make_folders(ROOT, parent(&file.path))?;
+        }
+        files.write(ROOT, &file.path, &file.content, false)?;
+        files.set_mode(ROOT, &file.path, file.mode.unwrap_or(0o644))?;
+        files.set_owner(ROOT, &file.path, owner)
+    };
+    put().map_err(|fail| file_error(fail, &file.path))
+}
+
+fn remove_one(files: &mut Tree, path: &str) -> Result<Deletion> {
+    if files.look(path).is_some_and(super::tree::Node::is_folder) {
+        return Err(file_error(Fail::Folder, path));
+    }
+    match files.remove(ROOT, path) {
+        Ok(()) => Ok(Deletion::Deleted),
+        Err(Fail::Missing | Fail::NoFolder) => Ok(Deletion::AlreadyGone),
+        Err(fail) => Err(file_error(fail, path)),
     }
 }
 
@@ -413,16 +491,16 @@ impl GuestExec for MemoryCloud {
         self.inner.faults.around("guest.guest_info", effect).await
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        self.inner.faults.around("guest.put_file", async { self.inner.put_file(vm, file) }).await
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        self.inner.faults.around("guest.put_files", self.inner.put_files(vm, request)).await
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
         self.inner.faults.around("guest.get_file", async { self.inner.get_file(vm, path, limit_bytes) }).await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.inner.faults.around("guest.remove_file", async { self.inner.remove_file(vm, path) }).await
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        self.inner.faults.around("guest.remove_files", self.inner.remove_files(vm, request)).await
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {

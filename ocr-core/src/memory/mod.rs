@@ -305,6 +305,7 @@ impl MemoryCloud {
             users: image::users(&["user".to_owned()]),
             operations: Operations::default(),
             commands: 0,
+            fence: None,
             access: Access::Open,
         };
         world.vms.insert(id, machine);

@@ -378,6 +378,23 @@ impl FairQueue {
         self.submit(vm, interval_us.max(1), now_us)
     }
 
+    /// Takes an operation that ran elsewhere: it carries on from there, next at `due_us`, an interval apart from then on.
+    /// Of ticks that have passed it has one run pending, as always.
+    ///
+    /// # Errors
+    /// When the queue is full.
+    pub fn resume_every(&mut self, vm: VmId, interval_us: u64, due_us: u64, now_us: u64) -> Result<OpId, Full> {
+        let id = self.admit(vm, interval_us.max(1), now_us)?;
+        let op = &mut self.ops[id.index()];
+        (op.runs, op.due_us) = (1, due_us);
+        self.counters.skipped_ticks += op.skip(now_us);
+        let vm = &mut self.vms[op.vm as usize];
+        vm.catch_up(self.virtual_us);
+        op.tag = vm.virtual_us.saturating_add(op.due_us.saturating_sub(now_us).min(op.interval_us));
+        self.await_tick(id, now_us);
+        Ok(id)
+    }
+
     /// Makes ready what is due. Call it before [`FairQueue::start_next`].
     pub fn advance(&mut self, now_us: u64) {
         while let Some(&Reverse((due_us, id))) = self.timers.peek() {
@@ -630,12 +647,24 @@ impl FairQueue {
         })
     }
 
+    /// How many slots there is work for now: what runs, and the idle machines that are open and have something ready.
+    pub fn demand(&self) -> usize {
+        let machines = |ward: usize| self.heads[0][ward].alive.max(self.heads[1][ward].alive);
+        self.counters.running + machines(0) + machines(1)
+    }
+
     /// What runs on a machine, and since when.
     pub fn running_on(&self, vm: VmId) -> Option<(OpId, u64)> {
         self.vms[*self.by_id.get(&vm)? as usize].running
     }
 
     fn submit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
+        let id = self.admit(vm, interval_us, now_us)?;
+        self.make_ready(id, Class::First);
+        Ok(id)
+    }
+
+    fn admit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
         let known = self.by_id.get(&vm).copied();
         let held = known.map_or(0, |index| {
             let vm = &self.vms[index as usize];
@@ -684,7 +713,6 @@ impl FairQueue {
         };
         let id = OpId { index, generation };
         self.counters.submitted += 1;
-        self.make_ready(id, Class::First);
         Ok(id)
     }
 
@@ -747,6 +775,11 @@ impl FairQueue {
             op.due_us = op.due_us.saturating_add(op.interval_us);
             self.counters.skipped_ticks += op.skip(now_us);
         }
+        self.await_tick(id, now_us);
+    }
+
+    fn await_tick(&mut self, id: OpId, now_us: u64) {
+        let op = &mut self.ops[id.index()];
         if op.due_us <= now_us {
             self.make_ready(id, Class::Again);
         } else {

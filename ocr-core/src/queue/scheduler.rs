@@ -327,6 +327,23 @@ impl Scheduler {
         limit: Duration,
         op: impl FnMut(Tick) -> BoxFuture<'static, Result<()>> + Send + 'static,
     ) -> Result<Periodic> {
+        self.every_from(None, vm, what, interval, limit, op)
+    }
+
+    /// [`Scheduler::every`] of an operation that ran elsewhere, where there is a `next`: it carries on from there, with a
+    /// run planned for then and the others an interval apart.
+    ///
+    /// # Errors
+    /// Those of [`Scheduler::every`].
+    pub fn every_from(
+        &self,
+        next: Option<Instant>,
+        vm: VmId,
+        what: impl Into<String>,
+        interval: Duration,
+        limit: Duration,
+        op: impl FnMut(Tick) -> BoxFuture<'static, Result<()>> + Send + 'static,
+    ) -> Result<Periodic> {
         if !(MIN_INTERVAL..=MAX_INTERVAL).contains(&interval) {
             return Err(Error::invalid(
                 "interval",
@@ -344,8 +361,13 @@ impl Scheduler {
             lateness: Lateness::default(),
         }));
         let task = |op| Task { op, what, limit, job, fare };
-        let op = self.owner.shared.submit(vm, Some(interval), task)?;
+        let op = self.owner.shared.submit(vm, Some((interval, next)), task)?;
         Ok(Periodic { owner: Arc::clone(&self.owner), op })
+    }
+
+    /// How many slots there is work for now, open gates only: what runs, and what could. It costs next to nothing.
+    pub fn demand(&self) -> usize {
+        self.owner.shared.lock().queue.demand()
     }
 
     /// What the scheduler holds now. It costs time in proportion to that, and holds up the queue meanwhile: microseconds
@@ -977,7 +999,12 @@ impl Shared {
         self.epoch + Duration::from_micros(at_us)
     }
 
-    fn submit(&self, vm: VmId, interval: Option<Duration>, task: impl FnOnce(OpId) -> Task) -> Result<OpId> {
+    fn submit(
+        &self,
+        vm: VmId,
+        interval: Option<(Duration, Option<Instant>)>,
+        task: impl FnOnce(OpId) -> Task,
+    ) -> Result<OpId> {
         let now_us = self.now_us();
         let state = &mut *self.lock();
         if state.closed {
@@ -985,7 +1012,11 @@ impl Shared {
         }
         let op = match interval {
             None => state.queue.submit_once(vm, now_us),
-            Some(interval) => state.queue.submit_every(vm, interval.as_micros() as u64, now_us),
+            Some((interval, None)) => state.queue.submit_every(vm, interval.as_micros() as u64, now_us),
+            Some((interval, Some(next))) => {
+                let due_us = next.saturating_duration_since(self.epoch).as_micros() as u64;
+                state.queue.resume_every(vm, interval.as_micros() as u64, due_us, now_us)
+            }
         };
         let op = op.map_err(|full| self.full(vm, full))?;
         if state.tasks.len() <= op.index() {

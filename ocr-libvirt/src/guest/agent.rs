@@ -12,8 +12,9 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use ocr_core::{
-    Error, ErrorKind, Result, Retry, VmId,
+    Error, ErrorKind, Result, VmId,
     error::{reason, seconds},
+    guest::posix::PosixExit,
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
@@ -81,6 +82,12 @@ pub(super) struct OsInfo {
     pub(super) name: String,
 }
 
+impl OsInfo {
+    pub(super) fn is_windows(&self) -> bool {
+        self.id == "mswindows"
+    }
+}
+
 /// How a program of `guest-exec` fares.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -92,15 +99,6 @@ pub(super) struct ExecStatus {
     out_data: String,
     #[serde(default)]
     err_data: String,
-}
-
-/// A program that ended.
-#[derive(Debug)]
-pub(super) struct Exited {
-    /// For people: `exit code 1`, `signal 9`.
-    pub(super) how: String,
-    pub(super) stdout: Bytes,
-    pub(super) stderr: Bytes,
 }
 
 #[derive(Debug, Deserialize)]
@@ -159,19 +157,26 @@ impl<L: AgentLink> Agent<L> {
     }
 
     /// Starts a program that gets `input` on stdin and whose output is kept until it is asked for.
-    pub(super) async fn start(&self, vm: VmId, program: &str, arguments: &[String], input: &[u8]) -> Result<i64> {
-        let started: Pid = self
-            .call(
-                vm,
-                "guest-exec",
-                json!({ "path": program, "arg": arguments, "input-data": BASE64.encode(input), "capture-output": true }),
-            )
-            .await?;
+    pub(super) async fn start(
+        &self,
+        vm: VmId,
+        program: &str,
+        arguments: &[String],
+        environment: &[String],
+        input: &[u8],
+    ) -> Result<i64> {
+        let mut message = json!({
+            "path": program, "arg": arguments, "input-data": BASE64.encode(input), "capture-output": true
+        });
+        if !environment.is_empty() {
+            message["env"] = json!(environment);
+        }
+        let started: Pid = self.call(vm, "guest-exec", message).await?;
         Ok(started.pid)
     }
 
     /// Asks for a program's end. The agent tells it once and forgets it.
-    pub(super) async fn status(&self, vm: VmId, pid: i64) -> Result<Option<Exited>> {
+    pub(super) async fn status(&self, vm: VmId, pid: i64) -> Result<Option<PosixExit>> {
         let status: ExecStatus = self.call(vm, "guest-exec-status", json!({ "pid": pid })).await?;
         if !status.exited {
             return Ok(None);
@@ -181,7 +186,7 @@ impl<L: AgentLink> Agent<L> {
             (None, Some(signal)) => format!("signal {signal}"),
             (None, None) => "no exit code".to_owned(),
         };
-        Ok(Some(Exited { how, stdout: decode(&status.out_data)?, stderr: decode(&status.err_data)? }))
+        Ok(Some(PosixExit { how, stdout: decode(&status.out_data)?, stderr: decode(&status.err_data)? }))
     }
 
     pub(super) async fn open(&self, vm: VmId, path: &str, mode: &str) -> Result<Handle> {
@@ -283,9 +288,4 @@ pub(super) fn is_refusal(error: &Error) -> bool {
 /// Whether the agent, or the way to it, may be back later.
 pub(super) fn is_outage(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut)
-}
-
-/// Whether a command surely was not executed.
-pub(super) fn is_untouched(error: &Error) -> bool {
-    error.retry() == Retry::Safe
 }

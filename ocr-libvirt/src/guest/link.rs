@@ -5,8 +5,8 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use ocr_core::{
-    Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, PutFile, Result,
-    VmId, error::reason,
+    Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestCapabilities, GuestExec, GuestInfo, PutFiles,
+    RemoveFiles, Result, VmId, error::reason,
 };
 use tokio::time::Instant;
 
@@ -87,16 +87,16 @@ impl GuestExec for Libvirt {
         self.guest.guest_info(vm).await
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        self.guest.put_file(vm, file).await
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        self.guest.put_files(vm, request).await
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
         self.guest.get_file(vm, path, limit_bytes).await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.guest.remove_file(vm, path).await
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        self.guest.remove_files(vm, request).await
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {

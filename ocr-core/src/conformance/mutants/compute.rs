@@ -37,7 +37,7 @@ mutants! { Compute
         vm_create_visible vm_create_keeps_tags vm_create_repeat vm_create_request_reused vm_create_name_other_scope
         vm_create_nics vm_power_repeat vm_power_cycle vm_power_reboot vm_power_reboot_stopped vm_delete_gone
         vm_delete_race vm_delete_frees_name net_access_set image_capture_visible guest_info_stopped guest_booting
-        guest_rebooted guest_agent_absent
+        guest_rebooted guest_agent_absent guest_fence_reboot
     ] {
         get_vm: |w, id| match w.cloud().get_vm(id).await? {
             Vm { state: VmState::Building, .. } => Err(Error::not_found("not yet")),
@@ -276,13 +276,13 @@ mutants! { Compute
             _ => w.cloud().set_power(id, action).await,
         }
     }
-    "a reboot does nothing" fails [guest_rebooted] {
+    "a reboot does nothing" fails [guest_rebooted guest_fence_reboot] {
         set_power: |w, (id, action)| match (action, state(w.cloud(), id).await) {
             (PowerAction::Reboot { .. }, Some(VmState::Running)) => Ok(()),
             _ => w.cloud().set_power(id, action).await,
         }
     }
-    "a reboot ends switched off" fails [vm_power_reboot guest_rebooted] {
+    "a reboot ends switched off" fails [vm_power_reboot guest_rebooted guest_fence_reboot] {
         set_power: |w, (id, action)| match (action, state(w.cloud(), id).await) {
             (PowerAction::Reboot { grace }, Some(VmState::Running)) => {
                 w.cloud().set_power(id, PowerAction::Stop { grace }).await

@@ -6,8 +6,8 @@ use bytes::Bytes;
 
 use super::{World, invented, mutants, swap};
 use crate::{
-    Command, ComputeBackend, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, GuestExec, GuestExecExt, GuestInfo,
-    OperationId, PutFile, Result, Retry, VmId,
+    Command, ComputeBackend, Deletion, Error, ErrorKind, ExecOutput, ExecRequest, FencingToken, GuestExec,
+    GuestExecExt, GuestInfo, OperationId, PutFile, PutFiles, RemoveFiles, Result, Retry, VmId,
     error::reason,
     memory::{AgentMode, MemoryCloud},
 };
@@ -52,11 +52,33 @@ async fn bend(w: World, vm: VmId, request: ExecRequest, bend: fn(&mut ExecOutput
     Ok(output)
 }
 
+/// Puts files that were changed before.
+async fn put(w: World, vm: VmId, mut request: PutFiles, change: fn(&mut PutFile)) -> Result<()> {
+    request.files.iter_mut().for_each(change);
+    w.cloud().put_files(vm, &request).await
+}
+
+async fn remove(w: World, vm: VmId, request: RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+    w.cloud().remove_files(vm, &request).await
+}
+
+/// A fence of the mutant's own, which waits for nothing.
+fn own_fence(w: &World, vm: VmId, fence: &mut Option<FencingToken>) -> Result<()> {
+    let Some(token) = fence.take() else { return Ok(()) };
+    let mut seen = super::lock(&w.0.seen);
+    let newest = seen.entry(format!("fence {vm}")).or_default();
+    if token.0 < *newest {
+        return Err(crate::guest::fenced(token));
+    }
+    *newest = token.0;
+    Ok(())
+}
+
 mutants! { Guest
     "a machine that is gone has no reason" fails [guest_info_missing guest_gone_everywhere] {
         guest_info: |w, vm| reasoned(w.cloud().guest_info(vm).await, reason::GUEST_GONE, None)
     }
-    "a guest that boots is not running" fails [guest_booting guest_rebooted] {
+    "a guest that boots is not running" fails [guest_booting guest_rebooted guest_fence_reboot] {
         guest_info: |w, vm| {
             let result = w.cloud().guest_info(vm).await;
             instead(w, vm, result, |error| {
@@ -70,7 +92,7 @@ mutants! { Guest
             instead(w, vm, result, |error| error.with_retry(Retry::Ambiguous)).await
         }
     }
-    "a guest that reboots has no agent" fails [guest_rebooted] {
+    "a guest that reboots has no agent" fails [guest_rebooted guest_fence_reboot] {
         exec: |w, (vm, request)| {
             let result = w.cloud().exec(vm, &request).await;
             instead(w, vm, result, |error| {
@@ -88,9 +110,9 @@ mutants! { Guest
         }
     }
     "removing from a machine that is gone is fine" fails [guest_gone_everywhere] {
-        remove_file: |w, (vm, path)| match invented(vm.as_uuid()) {
-            true => Ok(Deletion::AlreadyGone),
-            false => w.cloud().remove_file(vm, &path).await,
+        remove_files: |w, (vm, request)| match invented(vm.as_uuid()) {
+            true => Ok(request.paths.iter().map(|_| Ok(Deletion::AlreadyGone)).collect()),
+            false => remove(w, vm, request).await,
         }
     }
     "a machine that is off is only not ready" fails [guest_info_stopped] {
@@ -127,10 +149,9 @@ mutants! { Guest
         }
     }
     "paths are resolved instead of refused" fails [guest_bad_path] {
-        put_file: |w, (vm, mut file)| {
+        put_files: |w, (vm, request)| put(w, vm, request, |file| {
             file.path = file.path.replace("/../tmp", "").replace("/.", "");
-            w.cloud().put_file(vm, &file).await
-        }
+        }).await
     }
     "a bad path is not found" fails [guest_bad_path] {
         get_file: |w, (vm, path, limit_bytes)| {
@@ -138,16 +159,10 @@ mutants! { Guest
         }
     }
     "files are cut at 256 KiB" fails [guest_put_roundtrip] {
-        put_file: |w, (vm, mut file)| {
-            file.content.truncate(256 << 10);
-            w.cloud().put_file(vm, &file).await
-        }
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.content.truncate(256 << 10)).await
     }
     "files are taken for text" fails [guest_put_roundtrip guest_put_replace] {
-        put_file: |w, (vm, mut file)| {
-            file.content = lossy(&file.content);
-            w.cloud().put_file(vm, &file).await
-        }
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.content = lossy(&file.content)).await
     }
     "line ends are changed" fails [guest_put_roundtrip] {
         get_file: |w, (vm, path, limit_bytes)| {
@@ -159,93 +174,99 @@ mutants! { Guest
         }
     }
     "a shell reads a file's name" fails [guest_put_roundtrip] {
-        put_file: |w, (vm, mut file)| {
-            file.path = file.path.replace("$file", "");
-            w.cloud().put_file(vm, &file).await
+        put_files: |w, (vm, request)| {
+            put(w, vm, request, |file| file.path = file.path.replace("$file", "")).await
         }
     }
     "a file is written in place, piece by piece" fails [guest_put_replace] {
-        put_file: |w, (vm, file)| {
-            let half = PutFile { content: file.content.slice(..file.content.len() / 2), ..file.clone() };
-            w.cloud().put_file(vm, &half).await?;
+        put_files: |w, (vm, request)| {
+            let halve = |file: &mut PutFile| file.content.truncate(file.content.len() / 2);
+            put(w.clone(), vm, request.clone(), halve).await?;
             tokio::task::yield_now().await;
-            w.cloud().put_file(vm, &file).await
+            w.cloud().put_files(vm, &request).await
         }
     }
     "the temporary file is left beside" fails [guest_put_replace] {
-        put_file: |w, (vm, file)| {
-            let result = w.cloud().put_file(vm, &file).await;
-            let beside = PutFile { path: format!("{}.tmp", file.path), make_parents: false, ..file };
-            let _left = w.cloud().put_file(vm, &beside).await;
+        put_files: |w, (vm, request)| {
+            let result = w.cloud().put_files(vm, &request).await;
+            let _left = put(w, vm, request, |file| {
+                file.path.push_str(".tmp");
+                file.make_parents = false;
+            }).await;
             result
         }
     }
     "a second write is passed over" fails [guest_put_replace] {
-        put_file: |w, (vm, file)| match w.cloud().get_file(vm, &file.path, u64::MAX).await {
-            Ok(old) if old.len() == 150_000 => Ok(()),
-            _ => w.cloud().put_file(vm, &file).await,
+        put_files: |w, (vm, request)| {
+            let path = request.files.first().map(|file| file.path.clone()).unwrap_or_default();
+            match w.cloud().get_file(vm, &path, u64::MAX).await {
+                Ok(old) if old.len() == 150_000 => Ok(()),
+                _ => w.cloud().put_files(vm, &request).await,
+            }
         }
     }
-    "the mode is ignored" fails [guest_put_mode] {
-        put_file: |w, (vm, file)| w.cloud().put_file(vm, &PutFile { mode: None, ..file }).await
+    "the mode is ignored" fails [guest_put_mode guest_put_many] {
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.mode = None).await
     }
     "the owner is ignored" fails [guest_put_mode] {
-        put_file: |w, (vm, file)| w.cloud().put_file(vm, &PutFile { owner: None, ..file }).await
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.owner = None).await
     }
     "without a mode only the owner may read" fails [guest_put_mode] {
-        put_file: |w, (vm, file)| {
-            let mode = file.mode.or(Some(0o600));
-            w.cloud().put_file(vm, &PutFile { mode, ..file }).await
-        }
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.mode = file.mode.or(Some(0o600))).await
     }
-    "folders are never made" fails [guest_put_parents] {
-        put_file: |w, (vm, file)| w.cloud().put_file(vm, &PutFile { make_parents: false, ..file }).await
+    "folders are never made" fails [guest_put_parents guest_put_many] {
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.make_parents = false).await
     }
     "folders that are made are closed" fails [guest_put_parents] {
-        put_file: |w, (vm, file)| {
-            w.cloud().put_file(vm, &file).await?;
-            if file.make_parents {
+        put_files: |w, (vm, request)| {
+            w.cloud().put_files(vm, &request).await?;
+            for file in request.files.iter().filter(|file| file.make_parents && !file.path.contains('\'')) {
                 w.cloud().shell(vm, &format!("chmod 700 $(dirname '{}')", file.path)).await?;
             }
             Ok(())
         }
     }
     "folders that are there are changed" fails [guest_put_parents] {
-        put_file: |w, (vm, file)| {
-            w.cloud().put_file(vm, &file).await?;
-            if file.make_parents {
+        put_files: |w, (vm, request)| {
+            w.cloud().put_files(vm, &request).await?;
+            for file in request.files.iter().filter(|file| file.make_parents && !file.path.contains('\'')) {
                 w.cloud().shell(vm, &format!("chmod 755 $(dirname $(dirname '{}'))", file.path)).await?;
             }
             Ok(())
         }
     }
-    "folders are made unasked" fails [guest_put_no_parents] {
-        put_file: |w, (vm, file)| w.cloud().put_file(vm, &PutFile { make_parents: true, ..file }).await
+    "folders are made unasked" fails [guest_put_no_parents guest_put_names_the_file] {
+        put_files: |w, (vm, request)| put(w, vm, request, |file| file.make_parents = true).await
     }
     "a missing folder is taken for a missing machine" fails [guest_put_no_parents] {
-        put_file: |w, (vm, file)| {
-            let result = w.cloud().put_file(vm, &file).await;
+        put_files: |w, (vm, request)| {
+            let result = w.cloud().put_files(vm, &request).await;
             result.map_err(|error| match error.kind() {
                 ErrorKind::NotFound => error.with_reason(reason::GUEST_GONE),
                 _ => error,
             })
         }
     }
-    "a folder is replaced by a file" fails [guest_put_onto_folder] {
-        put_file: |w, (vm, file)| {
-            w.cloud().shell(vm, &format!("[ -d \"{0}\" ] && rm -r \"{0}\"", file.path.replace('$', "\\$"))).await?;
-            w.cloud().put_file(vm, &file).await
-        }
-    }
-    "a file for a folder goes into it" fails [guest_put_onto_folder] {
-        put_file: |w, (vm, mut file)| {
-            if !file.path.contains('\'') && !file.path.contains('\0') && is_folder(w.cloud(), vm, &file.path).await {
-                file.path.push_str("/file");
+    "a folder is replaced by a file" fails [guest_put_onto_folder guest_put_names_the_file] {
+        put_files: |w, (vm, request)| {
+            for file in &request.files {
+                let path = file.path.replace('$', "\\$");
+                w.cloud().shell(vm, &format!("[ -d \"{path}\" ] && rm -r \"{path}\"")).await?;
             }
-            w.cloud().put_file(vm, &file).await
+            w.cloud().put_files(vm, &request).await
         }
     }
-    "a file that is not there is empty" fails [guest_get_missing guest_remove] {
+    "a file for a folder goes into it" fails [guest_put_onto_folder guest_put_names_the_file] {
+        put_files: |w, (vm, mut request)| {
+            for file in request.files.iter_mut().filter(|file| !file.path.contains(['\'', '\0'])) {
+                if is_folder(w.cloud(), vm, &file.path).await {
+                    file.path.push_str("/file");
+                }
+            }
+            w.cloud().put_files(vm, &request).await
+        }
+    }
+    "a file that is not there is empty" fails [guest_get_missing guest_remove guest_put_names_the_file guest_put_twice guest_remove_many] {
         get_file: |w, (vm, path, limit_bytes)| match w.cloud().get_file(vm, &path, limit_bytes).await {
             Err(error) if error.kind() == ErrorKind::NotFound && !invented(vm.as_uuid()) => Ok(Bytes::new()),
             result => result,
@@ -279,35 +300,47 @@ mutants! { Guest
             })
         }
     }
-    "remove does nothing" fails [guest_remove] {
-        remove_file: |w, (vm, path)| match w.cloud().remove_file(vm, &path).await {
-            Ok(Deletion::Deleted) => {
-                w.cloud().write_guest_file(vm, &path, b"")?;
-                Ok(Deletion::Deleted)
+    "remove does nothing" fails [guest_remove guest_remove_many guest_fence_files] {
+        remove_files: |w, (vm, request)| {
+            let outcomes = remove(w.clone(), vm, request.clone()).await?;
+            for (path, outcome) in request.paths.iter().zip(&outcomes) {
+                if matches!(outcome, Ok(Deletion::Deleted)) {
+                    w.cloud().write_guest_file(vm, path, b"")?;
+                }
             }
-            result => result,
+            Ok(outcomes)
         }
     }
-    "removing what is not there is an error" fails [guest_remove] {
-        remove_file: |w, (vm, path)| match w.cloud().remove_file(vm, &path).await? {
-            Deletion::AlreadyGone => Err(Error::not_found("no such file")),
-            deleted => Ok(deleted),
+    "removing what is not there is an error" fails [guest_remove guest_remove_many] {
+        remove_files: |w, (vm, request)| {
+            let mut outcomes = remove(w, vm, request).await?;
+            for outcome in &mut outcomes {
+                if matches!(outcome, Ok(Deletion::AlreadyGone)) {
+                    *outcome = Err(Error::not_found("no such file"));
+                }
+            }
+            Ok(outcomes)
         }
     }
     "remove takes a name for a beginning" fails [guest_remove] {
-        remove_file: |w, (vm, path)| {
-            let deletion = w.cloud().remove_file(vm, &path).await?;
-            w.cloud().remove_file(vm, &format!("{path}.2")).await?;
-            Ok(deletion)
+        remove_files: |w, (vm, request)| {
+            let outcomes = remove(w.clone(), vm, request.clone()).await?;
+            for path in request.paths {
+                w.cloud().remove_file(vm, &format!("{path}.2")).await?;
+            }
+            Ok(outcomes)
         }
     }
-    "folders are removed too" fails [guest_remove_folder] {
-        remove_file: |w, (vm, path)| match w.cloud().remove_file(vm, &path).await {
-            Err(error) if error.kind() == ErrorKind::Conflict => {
-                w.cloud().shell(vm, &format!("rm -r '{path}'")).await?;
-                Ok(Deletion::Deleted)
+    "folders are removed too" fails [guest_remove_folder guest_remove_many] {
+        remove_files: |w, (vm, request)| {
+            let mut outcomes = remove(w.clone(), vm, request.clone()).await?;
+            for (path, outcome) in request.paths.iter().zip(&mut outcomes) {
+                if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Conflict) {
+                    w.cloud().shell(vm, &format!("rm -r '{path}'")).await?;
+                    *outcome = Ok(Deletion::Deleted);
+                }
             }
-            result => result,
+            Ok(outcomes)
         }
     }
     "stderr is mixed into stdout" fails [
@@ -470,16 +503,16 @@ mutants! { Guest
     "users without the capability are ignored" (less) fails [guest_exec_users_unsupported] {
         exec: |w, (vm, request)| exec(&w, vm, ExecRequest { user: None, ..request }).await
     }
-    "a repeat runs again" fails [guest_exec_repeat guest_exec_race] {
+    "a repeat runs again" fails [guest_exec_repeat guest_exec_race guest_fence_takes_over] {
         exec: |w, (vm, request)| exec(&w, vm, ExecRequest { operation: OperationId::random(), ..request }).await
     }
-    "a repeat is refused" fails [guest_exec_repeat guest_exec_race] {
+    "a repeat is refused" fails [guest_exec_repeat guest_exec_race guest_fence_refuses guest_fence_takes_over guest_fence_wait_ends] {
         exec: |w, (vm, request)| match w.times(request.operation) {
             1 => exec(&w, vm, request).await,
             _ => Err(Error::new(ErrorKind::AlreadyExists, "it ran")),
         }
     }
-    "only the last result is kept" fails [guest_exec_repeat] {
+    "only the last result is kept" fails [guest_exec_repeat guest_fence_takes_over] {
         exec: |w, (vm, mut request)| {
             // The count of other operations so far is part of the id.
             let first = w.times(request.operation) == 1;
@@ -494,7 +527,7 @@ mutants! { Guest
             exec(&w, vm, request).await
         }
     }
-    "two at once run twice" fails [guest_exec_race] {
+    "two at once run twice" fails [guest_exec_race guest_fence_takes_over] {
         exec: |w, (vm, mut request)| {
             let running = format!("running {}", request.operation);
             if w.times(&running) > 1 {
@@ -505,13 +538,13 @@ mutants! { Guest
             result
         }
     }
-    "a deadline is not kept" fails [guest_exec_deadline] {
+    "a deadline is not kept" fails [guest_exec_deadline guest_fence_wait_ends] {
         exec: |w, (vm, request)| {
             let request = ExecRequest { deadline: Duration::from_secs(3600), ..request };
             exec(&w, vm, request).await
         }
     }
-    "a deadline is kept here, not in the guest" fails [guest_exec_deadline] {
+    "a deadline is kept here, not in the guest" fails [guest_exec_deadline guest_fence_wait_ends] {
         exec: |w, (vm, request)| {
             let deadline = request.deadline;
             let request = Arc::new(ExecRequest { deadline: Duration::from_secs(3600), ..request });
@@ -521,10 +554,10 @@ mutants! { Guest
             }
         }
     }
-    "a command ends before its deadline" fails [guest_exec_deadline] {
+    "a command ends before its deadline" fails [guest_exec_deadline guest_fence_wait_ends] {
         exec: |w, (vm, request)| exec(&w, vm, ExecRequest { deadline: request.deadline / 10, ..request }).await
     }
-    "a command past its deadline is exit code 137" fails [guest_exec_deadline] {
+    "a command past its deadline is exit code 137" fails [guest_exec_deadline guest_fence_wait_ends] {
         exec: |w, (vm, request)| match w.cloud().exec(vm, &request).await {
             Err(error) if error.kind() == ErrorKind::TimedOut => Ok(ExecOutput {
                 exit_code: 137,
@@ -567,6 +600,155 @@ mutants! { Guest
         exec: |w, (vm, request)| match &request.progress {
             Some(progress) if progress.is_closed() => Err(Error::internal("nobody listens")),
             _ => exec(&w, vm, request).await,
+        }
+    }
+    "files are written one after the other" fails [guest_put_names_the_file guest_put_twice] {
+        put_files: |w, (vm, request)| {
+            for file in request.files {
+                w.cloud().put_files(vm, &PutFiles { files: vec![file], fence: request.fence }).await?;
+            }
+            Ok(())
+        }
+    }
+    "only the first file is written" fails [guest_put_many guest_put_names_the_file guest_put_twice] {
+        put_files: |w, (vm, mut request)| {
+            request.files.truncate(1);
+            w.cloud().put_files(vm, &request).await
+        }
+    }
+    "the file is not named" fails [guest_put_names_the_file] {
+        put_files: |w, (vm, request)| {
+            let result = w.cloud().put_files(vm, &request).await;
+            result.map_err(|error| {
+                let bare = Error::new(error.kind(), "one of the files").with_retry(error.retry());
+                match error.reason() {
+                    Some(reason) => bare.with_reason(reason),
+                    None => bare,
+                }
+            })
+        }
+    }
+    "of a path that is there twice the last counts" fails [guest_put_twice] {
+        put_files: |w, (vm, request)| {
+            let mut files: Vec<PutFile> = Vec::new();
+            for file in request.files {
+                files.retain(|earlier| earlier.path != file.path);
+                files.push(file);
+            }
+            w.cloud().put_files(vm, &PutFiles { files, fence: request.fence }).await
+        }
+    }
+    "removing ends at the first folder" fails [guest_remove_many] {
+        remove_files: |w, (vm, request)| {
+            let mut outcomes = Vec::new();
+            for path in &request.paths {
+                let one = RemoveFiles { paths: vec![path.clone()], fence: request.fence };
+                outcomes.extend(remove(w.clone(), vm, one).await?);
+                if outcomes.last().is_some_and(Result::is_err) {
+                    break;
+                }
+            }
+            if request.paths.is_empty() { remove(w, vm, request).await } else { Ok(outcomes) }
+        }
+    }
+    "fences are ignored" fails [
+        guest_fence_refuses guest_fence_files guest_fence_reboot guest_fence_waits guest_fence_wait_ends
+    ] {
+        exec: |w, (vm, request)| exec(&w, vm, ExecRequest { fence: None, ..request }).await,
+        put_files: |w, (vm, request)| w.cloud().put_files(vm, &PutFiles { fence: None, ..request }).await,
+        remove_files: |w, (vm, request)| remove(w, vm, RemoveFiles { fence: None, ..request }).await,
+    }
+    "files have no fence" fails [guest_fence_files guest_fence_waits] {
+        put_files: |w, (vm, request)| w.cloud().put_files(vm, &PutFiles { fence: None, ..request }).await,
+        remove_files: |w, (vm, request)| remove(w, vm, RemoveFiles { fence: None, ..request }).await,
+    }
+    "removals have no fence" fails [guest_fence_files] {
+        remove_files: |w, (vm, request)| remove(w, vm, RemoveFiles { fence: None, ..request }).await,
+    }
+    "an older token is a conflict like others" fails [guest_fence_refuses guest_fence_files guest_fence_reboot] {
+        exec: |w, (vm, request)| reasoned(exec(&w, vm, request).await, reason::FENCED, None),
+        put_files: |w, (vm, request)| reasoned(w.cloud().put_files(vm, &request).await, reason::FENCED, None),
+        remove_files: |w, (vm, request)| reasoned(remove(w, vm, request).await, reason::FENCED, None),
+    }
+    "a repeat under an older token is answered" fails [guest_fence_refuses] {
+        exec: |w, (vm, request)| {
+            let again = w.times(request.operation) > 1;
+            let result = exec(&w, vm, request.clone()).await;
+            match result {
+                Err(error) if again && error.reason() == Some(reason::FENCED) => {
+                    exec(&w, vm, ExecRequest { fence: None, ..request }).await
+                }
+                result => result,
+            }
+        }
+    }
+    "the newest token is refused as an older one is" fails [
+        guest_fence_refuses guest_fence_none guest_fence_wait_ends
+    ] {
+        exec: |w, (vm, request)| match request.fence {
+            Some(token) if w.times(format!("{vm} {}", token.0)) > 1 => Err(crate::guest::fenced(token)),
+            _ => exec(&w, vm, request).await,
+        }
+    }
+    "a reboot forgets the token" fails [guest_fence_reboot] {
+        exec: |w, (vm, mut request)| {
+            if request.fence.is_some() {
+                let boot_id = w.cloud().shell(vm, "cat /proc/sys/kernel/random/boot_id").await?.stdout;
+                if w.times(format!("{vm} {boot_id:?}")) == 1 {
+                    request.fence = None;
+                }
+            }
+            exec(&w, vm, request).await
+        }
+    }
+    "without a token a request is the oldest" fails [guest_fence_none] {
+        exec: |w, (vm, request)| match &request.command {
+            Command::Shell(line) if request.fence.is_none() && line.contains("unfenced") => {
+                Err(crate::guest::fenced(FencingToken(0)))
+            }
+            _ => exec(&w, vm, request).await,
+        }
+    }
+    "what is older is not waited for" fails [guest_fence_waits guest_fence_wait_ends] {
+        exec: |w, (vm, mut request)| {
+            own_fence(&w, vm, &mut request.fence)?;
+            exec(&w, vm, request).await
+        },
+        put_files: |w, (vm, mut request)| {
+            own_fence(&w, vm, &mut request.fence)?;
+            w.cloud().put_files(vm, &request).await
+        },
+        remove_files: |w, (vm, mut request)| {
+            own_fence(&w, vm, &mut request.fence)?;
+            remove(w, vm, request).await
+        },
+    }
+    "waiting for what is older has no end" fails [guest_fence_wait_ends] {
+        exec: |w, (vm, request)| loop {
+            match exec(&w, vm, request.clone()).await {
+                Err(error) if error.kind() == ErrorKind::TimedOut && error.retry() == Retry::Safe => {}
+                result => return result,
+            }
+        }
+    }
+    "having waited in vain may have had an effect" fails [guest_fence_wait_ends] {
+        exec: |w, (vm, request)| {
+            let result = exec(&w, vm, request).await;
+            result.map_err(|error| match (error.kind(), error.retry()) {
+                (ErrorKind::TimedOut, Retry::Safe) => error.with_retry(Retry::Ambiguous),
+                _ => error,
+            })
+        }
+    }
+    "a newer token runs the operation again" fails [guest_fence_takes_over] {
+        exec: |w, (vm, mut request)| {
+            if let Some(token) = request.fence {
+                let first = *super::lock(&w.0.seen).entry(format!("first {}", request.operation)).or_insert(token.0);
+                if first != token.0 {
+                    request.operation = OperationId::random();
+                }
+            }
+            exec(&w, vm, request).await
         }
     }
 }

@@ -7,6 +7,7 @@ mod compute;
 mod guest;
 mod image;
 mod network;
+mod signal;
 mod state;
 
 use std::{
@@ -26,8 +27,9 @@ use crate::{
     Access, ComputeBackend, ComputeCapabilities, Deletion, Error, ErrorKind, ExecOutput, ExecRequest,
     GuestCapabilities, GuestExec, GuestInfo, Image, ImageBackend, ImageCapabilities, ImageFilter, ImageId, ImageSpec,
     Key, Name, Network, NetworkBackend, NetworkCapabilities, NetworkFilter, NetworkId, NetworkSpec, PowerAction,
-    Precondition, PutFile, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
+    Precondition, PutFiles, RemoveFiles, Result, StateStore, Tags, Version, Versioned, Vm, VmFilter, VmId, VmSpec,
     memory::{MemoryCloud, MemoryOptions, MemoryState},
+    signal::{LocalSignals, NoticeStream, Signals},
 };
 
 /// A backend that breaks one rule.
@@ -65,7 +67,8 @@ impl Mutant {
             network: Some(bent.clone()),
             image: Some(bent.clone()),
             guest: Some(bent.clone()),
-            state: Some(bent),
+            state: Some(bent.clone()),
+            signals: Some(bent),
             ..plain
         }
     }
@@ -73,7 +76,9 @@ impl Mutant {
 
 /// All mutants.
 pub fn all() -> impl Iterator<Item = &'static Mutant> {
-    [compute::MUTANTS, network::MUTANTS, image::MUTANTS, guest::MUTANTS, state::MUTANTS].into_iter().flatten()
+    [compute::MUTANTS, network::MUTANTS, image::MUTANTS, guest::MUTANTS, state::MUTANTS, signal::MUTANTS]
+        .into_iter()
+        .flatten()
 }
 
 type Answer<T> = BoxFuture<'static, Result<T>>;
@@ -109,14 +114,16 @@ hooks! {
     capture_vm: (VmId, Name, Tags) => Image;
     export_image: (ImageId, PathBuf) => u64;
     guest_info: VmId => GuestInfo;
-    put_file: (VmId, PutFile) => ();
+    put_files: (VmId, PutFiles) => ();
     get_file: (VmId, String, u64) => Bytes;
-    remove_file: (VmId, String) => Deletion;
+    remove_files: (VmId, RemoveFiles) => Vec<Result<Deletion>>;
     exec: (VmId, ExecRequest) => ExecOutput;
     get: Key => Option<Versioned>;
     put: (Key, Bytes, Precondition, Option<Duration>) => Version;
     delete: (Key, Precondition) => Deletion;
     list: (String, Option<Key>, usize) => Vec<(Key, Versioned)>;
+    send: (Key, Bytes) => ();
+    listen: Key => NoticeStream;
 }
 
 /// A table of mutants. After `less`, the mutant lacks all capabilities.
@@ -150,11 +157,13 @@ struct World(Arc<Things>);
 struct Things {
     cloud: MemoryCloud,
     state: MemoryState,
+    signals: LocalSignals,
     seen: Mutex<HashMap<String, u64>>,
     vms: Mutex<Vec<Vm>>,
     specs: Mutex<Vec<VmSpec>>,
     networks: Mutex<Vec<Network>>,
     versions: Mutex<BTreeMap<Key, u64>>,
+    notices: Mutex<HashMap<Key, Bytes>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -168,6 +177,10 @@ impl World {
 
     fn state(&self) -> &MemoryState {
         &self.0.state
+    }
+
+    fn signals(&self) -> &LocalSignals {
+        &self.0.signals
     }
 
     /// How often this was asked for the same key, this time included.
@@ -313,8 +326,8 @@ impl GuestExec for Bent {
         bent!(self, guest_info, vm, self.world.cloud().guest_info(vm))
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        bent!(self, put_file, (vm, file.clone()), self.world.cloud().put_file(vm, file))
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        bent!(self, put_files, (vm, request.clone()), self.world.cloud().put_files(vm, request))
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
@@ -322,8 +335,8 @@ impl GuestExec for Bent {
         bent!(self, get_file, input, self.world.cloud().get_file(vm, path, limit_bytes))
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        bent!(self, remove_file, (vm, path.to_owned()), self.world.cloud().remove_file(vm, path))
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        bent!(self, remove_files, (vm, request.clone()), self.world.cloud().remove_files(vm, request))
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {
@@ -349,5 +362,17 @@ impl StateStore for Bent {
     async fn list(&self, prefix: &str, after: Option<&Key>, limit: usize) -> Result<Vec<(Key, Versioned)>> {
         let input = (prefix.to_owned(), after.cloned(), limit);
         bent!(self, list, input, self.world.state().list(prefix, after, limit))
+    }
+}
+
+#[async_trait]
+impl Signals for Bent {
+    async fn send(&self, topic: &Key, payload: Bytes) -> Result<()> {
+        let plain = payload.clone();
+        bent!(self, send, (topic.clone(), payload), self.world.signals().send(topic, plain))
+    }
+
+    async fn listen(&self, topic: &Key) -> Result<NoticeStream> {
+        bent!(self, listen, topic.clone(), self.world.signals().listen(topic))
     }
 }

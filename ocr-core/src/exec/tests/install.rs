@@ -267,7 +267,7 @@ async fn an_agent_that_is_away_in_the_middle_delays_the_install_and_nothing_runs
     let rig = Rig::new().await;
     rig.shelf.put(web().action("echo x >> /root/runs"));
     let away = || Error::unavailable("away").with_reason(reason::AGENT_NOT_READY);
-    rig.faults().inject("guest.put_file", 2, Fault::Before(away()));
+    rig.faults().inject("guest.put_files", 1, Fault::Before(away()));
     rig.faults().inject("guest.exec", 1, Fault::After(away().with_retry(Retry::Ambiguous)));
     rig.install(InstallKind::Feature, "web").await.unwrap();
     assert_eq!(rig.faults().waiting(), 0);
@@ -445,7 +445,7 @@ async fn a_caller_that_goes_while_a_begun_install_waits_for_a_permit_leaves_it_c
     rig.shelf.put(inject("long").action("sleep 100"));
     let (scheduler, executor) = start(&rig.cloud, &rig.cloud, &rig.store, &rig.shelf, 1);
     let other = rig.another_vm("other").await;
-    rig.faults().inject("guest.put_file", 2, Fault::Before(Error::unavailable("away")));
+    rig.faults().inject("guest.put_files", 1, Fault::Before(Error::unavailable("away")));
     let spawn = |vm, package: &'static str| {
         let executor = executor.clone();
         tokio::spawn(async move { executor.install(request(InstallKind::Feature, vm, package)).await })
@@ -470,7 +470,7 @@ async fn the_wait_for_a_boot_is_not_taken_from_what_an_interruption_may_take() {
     let rig = Rig::new().await;
     rig.shelf.put(web());
     rig.cloud.set_agent(rig.vm, AgentMode::Stopped);
-    rig.faults().inject("guest.put_file", 1, Fault::Before(Error::unavailable("away")));
+    rig.faults().inject("guest.put_files", 1, Fault::Before(Error::unavailable("away")));
     let installing = tokio::spawn({
         let (executor, vm) = (rig.executor.clone(), rig.vm);
         async move { executor.install(request(InstallKind::Feature, vm, "web")).await }

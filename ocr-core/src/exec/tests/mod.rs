@@ -11,7 +11,11 @@ mod remove;
 mod requests;
 mod secrets;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use secrecy::SecretString;
 
@@ -21,6 +25,7 @@ use crate::{
     ComputeBackend, GuestExecExt, Key, StateStore,
     memory::{AgentMode, Fault, Faults, MemoryCloud, MemoryOptions, MemoryState},
     queue::scheduler::SchedulerConfig,
+    seal::{SealKey, Sealer},
 };
 
 /// An executor with all it needs, and one machine.
@@ -69,7 +74,12 @@ impl Rig {
 
     /// The executor as it would be after a restart: it knows what is in the store, and nothing else.
     fn restart(&mut self) {
-        (self.scheduler, self.executor) = start(&self.cloud, &self.cloud, &self.store, &self.shelf, 8);
+        self.restart_with(sealed());
+    }
+
+    /// Likewise, with other settings for secrets.
+    fn restart_with(&mut self, secrets: SecretStorage) {
+        (self.scheduler, self.executor) = start_with(&self.cloud, &self.cloud, &self.store, &self.shelf, 8, secrets);
     }
 
     fn faults(&self) -> &Faults {
@@ -117,6 +127,23 @@ fn start(
     shelf: &Arc<Shelf>,
     max_connections: usize,
 ) -> (Scheduler, Executor) {
+    start_with(guest, compute, store, shelf, max_connections, sealed())
+}
+
+/// Sealed with the one key of all tests.
+fn sealed() -> SecretStorage {
+    static KEY: LazyLock<Arc<Sealer>> = LazyLock::new(|| Arc::new(Sealer::new(vec![SealKey::generate()]).unwrap()));
+    SecretStorage::Sealed(KEY.clone())
+}
+
+fn start_with(
+    guest: &(impl GuestExec + Clone),
+    compute: &(impl ComputeBackend + Clone),
+    store: &MemoryState,
+    shelf: &Arc<Shelf>,
+    max_connections: usize,
+    secrets: SecretStorage,
+) -> (Scheduler, Executor) {
     let scheduler = Scheduler::start(SchedulerConfig { max_connections, ..SchedulerConfig::default() });
     let parts = Parts {
         guest: Arc::new(guest.clone()),
@@ -124,6 +151,8 @@ fn start(
         store: Arc::new(store.clone()),
         packages: shelf.clone(),
         scheduler: scheduler.clone(),
+        fleet: None,
+        secrets,
     };
     (scheduler.clone(), Executor::new(parts, config()))
 }

@@ -5,8 +5,8 @@ use bytes::Bytes;
 
 use super::*;
 use crate::{
-    ComputeCapabilities, ExecOutput, ExecRequest, GuestCapabilities, GuestInfo, OsFamily, PowerAction, PutFile, Vm,
-    VmFilter, VmSpec,
+    ComputeCapabilities, ExecOutput, ExecRequest, GuestCapabilities, GuestInfo, OsFamily, PowerAction, PutFiles,
+    RemoveFiles, Vm, VmFilter, VmSpec,
 };
 
 #[derive(Clone, Debug)]
@@ -73,16 +73,16 @@ impl GuestExec for Odd {
         Ok(GuestInfo { os_family, ..info })
     }
 
-    async fn put_file(&self, vm: VmId, file: &PutFile) -> Result<()> {
-        self.cloud.put_file(vm, file).await
+    async fn put_files(&self, vm: VmId, request: &PutFiles) -> Result<()> {
+        self.cloud.put_files(vm, request).await
     }
 
     async fn get_file(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
         self.cloud.get_file(vm, path, limit_bytes).await
     }
 
-    async fn remove_file(&self, vm: VmId, path: &str) -> Result<Deletion> {
-        self.cloud.remove_file(vm, path).await
+    async fn remove_files(&self, vm: VmId, request: &RemoveFiles) -> Result<Vec<Result<Deletion>>> {
+        self.cloud.remove_files(vm, request).await
     }
 
     async fn exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecOutput> {

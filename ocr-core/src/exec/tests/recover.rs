@@ -47,9 +47,10 @@ async fn a_file_of_the_guests_own_that_was_not_reached_yet_stays() {
     let rig = Rig::new().await;
     rig.shelf.put(web());
     rig.cloud.write_guest_file(rig.vm, "/etc/hosts", b"theirs").unwrap();
-    rig.faults().inject("guest.put_file", 2, Fault::Hang);
+    rig.faults().inject("guest.put_files", 1, Fault::Hang);
     killed_at(&rig, || rig.faults().waiting() == 0).await;
-    assert_eq!(rig.file("/srv/web/a").as_deref(), Some("ours"));
+    // The guest got as far as to give the first of its files its name.
+    rig.cloud.write_guest_file(rig.vm, "/srv/web/a", b"ours").unwrap();
     assert_eq!(rig.executor.recover().await.unwrap().undone.len(), 1);
     assert_eq!((rig.file("/srv/web/a"), rig.file("/etc/hosts").as_deref()), (None, Some("theirs")));
     assert_eq!(rig.stored().await, []);
@@ -120,7 +121,7 @@ async fn a_removal_that_was_killed_is_finished() {
         .put(feature("web").asset("/srv/a", 0o644, "a").asset("/srv/b", 0o644, "b").delete("echo x >> /root/deletes"));
     let id = rig.install(InstallKind::Feature, "web").await.unwrap().id;
     // The record says that a removal began, and one asset is gone.
-    let records = Records::new(Arc::new(rig.store.clone()));
+    let records = Records::new(Arc::new(rig.store.clone()), sealed(), None);
     let mut stored = records.get(id).await.unwrap().unwrap();
     records.advance(&mut stored, Stage::Removing, seconds(1)).await.unwrap();
     rig.cloud.shell(rig.vm, "rm /srv/b").await.unwrap();
@@ -176,7 +177,7 @@ async fn leftover(rig: &Rig, stage: Stage, path: &str, content: &str) -> Install
         bytes: content.len() as u64,
         sha256: crate::exec::remove::hex(&Sha256::digest(content)),
     }];
-    Records::new(Arc::new(rig.store.clone())).create(&record).await.unwrap();
+    Records::new(Arc::new(rig.store.clone()), sealed(), None).create(&record).await.unwrap();
     record.id
 }
 

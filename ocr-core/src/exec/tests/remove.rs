@@ -136,7 +136,7 @@ async fn an_install_under_way_cannot_be_removed() {
         async move { executor.install(request(InstallKind::Feature, vm, "web")).await }
     });
     until("the action", || rig.cloud.commands(rig.vm) == Some(1)).await;
-    let id = Records::new(Arc::new(rig.store.clone())).ids_of(rig.vm).await.unwrap()[0];
+    let id = Records::new(Arc::new(rig.store.clone()), sealed(), None).ids_of(rig.vm).await.unwrap()[0];
     let error = rig.executor.remove(InstallKind::Feature, id).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(rig.executor.recover().await.unwrap(), RecoverReport::default(), "recovery leaves it alone");

@@ -797,3 +797,26 @@ async fn a_scheduler_may_start_without_a_slot() {
     scheduler.resize(1).await;
     queued.await.unwrap();
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_operation_that_ran_elsewhere_carries_on_from_there() {
+    let scheduler = Scheduler::start(SchedulerConfig::default());
+    let (vm, interval) = (VmId::random(), Duration::from_secs(10));
+    // So that the clock has a past.
+    sleep(Duration::from_secs(60)).await;
+    for (last_run, wanted) in [(4, vec![6, 16, 26]), (10, vec![0, 10, 20]), (33, vec![0, 7, 17, 27])] {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let start = Instant::now();
+        let next = start - Duration::from_secs(last_run) + interval;
+        let periodic = {
+            let seen = Arc::clone(&seen);
+            scheduler.every_from(Some(next), vm, "resumed", interval, interval, move |_| {
+                seen.lock().unwrap().push(start.elapsed().as_secs());
+                async { Ok(()) }.boxed()
+            })
+        };
+        sleep(Duration::from_millis(27_500)).await;
+        drop(periodic.unwrap());
+        assert_eq!(*seen.lock().unwrap(), wanted, "last run {last_run} s ago");
+    }
+}

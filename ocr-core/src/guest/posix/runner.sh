@@ -1,47 +1,13 @@
-# The guest's half of running a command: a POSIX shell script, handed to `sh -c` by the guest agent.
+# The guest's half of running a command: a POSIX shell script, handed to `sh -c` behind common.sh.
 #
 #   /bin/sh -c SCRIPT ocr-run BASE OPERATION ARGUMENT...
 #
-# It needs sh, cat, chown, head, id, mkdir, mv, rm, setsid, sleep, sort, su, tail and wc, as coreutils and busybox have
-# them, and /proc. It answers with one line, `ocr1 STATE ...`, and what the state carries; its exit code says nothing.
-# What may be secret (command, environment, stdin) comes by stdin or in a staged file, never as an argument.
+# It needs sh, cat, chown, head, id, mkdir, mv, rm, setsid, sleep, sort, su, sync, tail and wc, as coreutils and busybox
+# have them, and /proc. It answers with one line, `ocr1 STATE ...`, and what the state carries; its exit code says
+# nothing. What may be secret (command, environment, stdin) comes by stdin or in a staged file, never as an argument.
 #
-# BASE (0700) holds
-#   ops/OPERATION.*  one run: `run` says who runs it, `pids` its sessions; `cmd` and `stdin` until it ends; `out`
-#                    and `err`; `result` at its end
-#   in/              staged input, see files.sh
-#
-# `true >FILE` and not `: >FILE`: a special builtin whose redirection fails ends the shell.
-# Programs are what it costs (a millisecond each, several in an emulated guest), so builtins do what they can.
-# Lines that begin with # and indentation are cut before it is sent.
-
-umask 077
-
-say() {
-    printf 'ocr1 %s\n' "$*"
-    exit 0
-}
-
-# Sets $now, in hundredths of a second since the boot: a clock that nobody sets.
-clock() {
-    read -r up rest </proc/uptime
-    now=$((${up%.*} * 100 + 1${up#*.} - 100))
-}
-
-# Sets $stat to the fields of process $1 from the third on. A process may have a line feed in its name.
-stat() {
-    stat=
-    while read -r line; do stat="$stat$line "; done <"/proc/$1/stat"
-    stat=${stat##*) }
-}
-
-# Whether process $1 that began at $2 is still there: a number alone may be another's by now.
-alive() {
-    began=$2
-    stat "$1"
-    set -- $stat
-    [ "${20}" = "$began" ]
-}
+# BASE/ops/OPERATION.* is one run: `run` says who runs it, `pids` its sessions; `cmd` and `stdin` until it ends; `out`
+# and `err`; `result` at its end.
 
 # Lets go of all that others wait for the end of. By `exec`: for a function's redirection a shell keeps the old ones.
 detach() {
@@ -123,7 +89,7 @@ prune() {
     n=0 big=0 sum=0
     for o in *.run; do
         o=${o%.run}
-        read -r pid start was <"$o.run" || continue
+        read -r pid start was rest <"$o.run" || continue
         read -r state code ocut ecut size ended end <"$o.result" || end=
         if [ "$was" != "$boot" ]; then
             ended=0
@@ -175,7 +141,7 @@ attach() {
         recall
         [ -e "$d.run" ] || say again
         clock
-        if read -r pid start was <"$d.run" && [ -n "$was" ]; then
+        if read -r pid start was rest <"$d.run" && [ -n "$was" ]; then
             [ "$was" = "$boot" ] || say rebooted
             alive "$pid" "$start" || {
                 recall
@@ -192,12 +158,25 @@ attach() {
 # Takes the lock, which says who has it: of all who ask, one makes the file.
 take() {
     set -C
-    echo "$me $boot" >"$d.run" && got=0 || got=1
+    echo "$me $boot $token" >"$d.run" && got=0 || got=1
     set +C
     return $got
 }
 
+# Waits until nothing works any more under an older token. By then ours may be an older one itself.
+await() {
+    [ "$token" != - ] || return 0
+    clock
+    given_up=$((now + deadline))
+    while newest && { [ "$newest" -le "$token" ] || undo fenced; } && older; do
+        clock
+        [ "$now" -lt "$given_up" ] || undo busy
+        sleep 0.1 || sleep 1
+    done
+}
+
 run() {
+    await
     in=/dev/null
     if [ -z "$staged" ] && [ "$head" = "$total" ]; then
         text=
@@ -288,22 +267,20 @@ run() {
     tell "$state" "$code" "$ocut" "$cut"
 }
 
-base=$1 d=$1/ops/$2 deadline=$3 limit=$4 inline=$5 head=$6 total=$7 staged=$8 user=$9 since=${10}
+base=$1 d=$1/ops/$2 deadline=$3 limit=$4 inline=$5 head=$6 total=$7 staged=$8 user=$9 since=${10} token=${11}
 # The agent that listens may die before we end: a message to nobody would end us too, as would a signal to its
 # group. Handlers are not inherited, as what is ignored is.
 exec 3>&2 2>/dev/null
 trap : HUP INT QUIT
 down=
 trap down=1 TERM
-read -r boot </proc/sys/kernel/random/boot_id
+whoami
+[ "$token" = - ] || raise || say fenced
 if [ ! -e "$d.run" ]; then
     clock
     # The guest booted after this was first asked for; a run of that time may have left no trace.
     [ "$now" -ge "$since" ] || say rebooted
     [ -z "$user" ] || id -u "$user" >/dev/null || say nouser
-    stat $$
-    set -- $stat
-    me="$$ ${20}"
     if take || { mkdir -p "$base/ops" && take; }; then run; fi
     [ -e "$d.run" ] || say fail "$( (true >"$d.run") 2>&1)"
 fi

@@ -1,15 +1,15 @@
-//! The host's half of `runner.sh`: what goes in, what comes out.
+//! The host's half of the scripts: what goes in, what comes out.
 
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use ocr_core::{
+
+use super::PosixExit;
+use crate::{
     Command, Error, ErrorKind, ExecRequest, Result,
     error::{reason, seconds},
     id::shown,
 };
-
-use super::agent::Exited;
 
 /// A script of the guest's half.
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +25,10 @@ pub(super) const RUN: Script = Script { name: "ocr-run", text: &RUN_TEXT };
 /// Moves files.
 pub(super) const FILE: Script = Script { name: "ocr-file", text: &FILE_TEXT };
 
-static RUN_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("runner.sh")));
-static FILE_TEXT: LazyLock<String> = LazyLock::new(|| stripped(include_str!("files.sh")));
+static RUN_TEXT: LazyLock<String> =
+    LazyLock::new(|| stripped(concat!(include_str!("common.sh"), include_str!("runner.sh"))));
+static FILE_TEXT: LazyLock<String> =
+    LazyLock::new(|| stripped(concat!(include_str!("common.sh"), include_str!("files.sh"))));
 
 /// A script without comments and indentation: they cost time on the way into the guest.
 fn stripped(script: &str) -> String {
@@ -35,17 +37,13 @@ fn stripped(script: &str) -> String {
 }
 
 impl Script {
-    pub(super) fn text(self) -> String {
-        self.text.to_string()
+    pub(super) fn text(self) -> &'static str {
+        self.text
     }
 }
 
 /// Ends a request that comes without stdin, so that the runner knows that it is whole.
 const END_MARK: &str = "#ocr";
-
-/// So much of each output comes back in the same message as the exit code, and one byte more when there is more.
-/// As base64 both are far below the 4 MiB that a reply may have on its way through libvirt.
-pub(super) const INLINE_BYTES: usize = 512 << 10;
 
 /// Variables that some shell keeps for itself: an assignment ends it, or is lost.
 const SHELL_VARIABLES: [&str; 9] =
@@ -54,7 +52,7 @@ const SHELL_VARIABLES: [&str; 9] =
 /// What the runner gets on stdin, or in a staged file.
 #[derive(Debug)]
 pub(super) struct Input {
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: Bytes,
     /// How long the shell text at its beginning is; the command's stdin follows.
     pub(super) head_bytes: usize,
     /// How long both are, without the end mark.
@@ -97,17 +95,17 @@ impl Input {
         }
         let mut bytes = text.into_bytes();
         bytes.extend_from_slice(&request.stdin);
-        Ok(Self { bytes, head_bytes, total_bytes })
+        Ok(Self { bytes: bytes.into(), head_bytes, total_bytes })
     }
 
     /// Without the end mark, as a staged file wants it.
-    pub(super) fn staged(&self) -> &[u8] {
-        &self.bytes[..self.total_bytes]
+    pub(super) fn staged(&self) -> Bytes {
+        self.bytes.slice(..self.total_bytes)
     }
 }
 
 /// Adds a text as one word in which a shell sees nothing but letters.
-fn quote(line: &mut String, text: &str) {
+pub(super) fn quote(line: &mut String, text: &str) {
     line.push('\'');
     line.push_str(&text.replace('\'', r"'\''"));
     line.push('\'');
@@ -123,7 +121,7 @@ pub(super) struct Reply {
 
 impl Reply {
     /// `None` when the runner did not get to its answer.
-    pub(super) fn of(exited: &Exited) -> Option<Self> {
+    pub(super) fn of(exited: &PosixExit) -> Option<Self> {
         let end = exited.stdout.iter().position(|byte| *byte == b'\n')?;
         let line = String::from_utf8_lossy(&exited.stdout[..end]);
         let words = line.strip_prefix("ocr1 ")?.split(' ').map(str::to_owned).collect();
@@ -137,6 +135,11 @@ impl Reply {
     /// The text after the state, such as a program's complaint.
     pub(super) fn text(&self) -> String {
         self.words[1..].join(" ")
+    }
+
+    /// The word at this place after the state.
+    pub(super) fn word(&self, place: usize) -> Option<&str> {
+        self.words.get(place + 1).map(String::as_str)
     }
 
     /// The number at this place after the state.
@@ -189,8 +192,8 @@ pub(super) struct Output {
 }
 
 impl Output {
-    fn of(begin: &Bytes, cut: bool) -> Self {
-        Self { begin: begin.clone(), more: begin.len() > INLINE_BYTES, cut }
+    fn of(begin: &Bytes, cut: bool, inline_bytes: usize) -> Self {
+        Self { begin: begin.clone(), more: begin.len() > inline_bytes, cut }
     }
 }
 
@@ -198,13 +201,13 @@ impl Output {
 ///
 /// # Errors
 /// Whatever means that there is no result, now or ever.
-pub(super) fn ended(reply: &Reply, request: &ExecRequest) -> Result<Ended> {
-    use ocr_core::Retry::{Ambiguous, Never};
+pub(super) fn ended(reply: &Reply, request: &ExecRequest, inline_bytes: usize) -> Result<Ended> {
+    use crate::Retry::{Ambiguous, Never};
     match reply.state() {
         "done" => Ok(Ended {
             exit_code: i32::try_from(reply.number(0)?).map_err(|_| reply.senseless())?,
-            stdout: Output::of(&reply.body, reply.number(1)? == 1),
-            stderr: Output::of(&reply.beside, reply.number(2)? == 1),
+            stdout: Output::of(&reply.body, reply.number(1)? == 1, inline_bytes),
+            stderr: Output::of(&reply.beside, reply.number(2)? == 1, inline_bytes),
         }),
         "late" => Err(Error::timed_out(format!(
             "the command did not end in {} and was ended, with its children",
