@@ -71,7 +71,7 @@ pub struct Limits {
     /// connection.
     pub max_streams_per_connection: u32,
     /// The most calls at once, open streams included. More are refused with RESOURCE_EXHAUSTED. An open stream takes
-    /// less than 2 KiB.
+    /// about 1.4 KiB.
     pub max_calls: usize,
     /// The largest headers of one call, in bytes.
     pub max_header_list_bytes: u32,
