@@ -27,6 +27,8 @@ use ocr_core::{credentials::Credentials, ssh};
 use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
 
+use crate::metrics::MetricsSettings;
+
 mod redis;
 
 /// One variable: what it is for and what is wanted of it.
@@ -343,6 +345,18 @@ pub const VARIABLES: &[Variable] = &[
         "seconds between two looks for unfinished work; the first is at start",
     ),
     optional("SHUTDOWN_GRACE", BOTH, Some("25"), "seconds that work under way may take to end after SIGTERM"),
+    optional(
+        "METRICS_ADDRESS",
+        BOTH,
+        None,
+        "address and port of the metrics page for Prometheus, such as 127.0.0.1:9100; without it there is none",
+    ),
+    optional(
+        "METRICS_TOP",
+        EXECUTOR,
+        Some("100"),
+        "conditions, and machines, that have metrics of their own: the latest ones",
+    ),
     optional("REFLECTION", BOTH, Some("true"), "whether gRPC server reflection is served"),
     optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
     optional("LOG_DIR", BOTH, None, "folder for log files, one a day; without it, logs go to stderr"),
@@ -479,6 +493,8 @@ pub struct Settings {
     pub shutdown_grace: Duration,
     /// Whether reflection is served.
     pub reflection: bool,
+    /// The metrics page, where there is one.
+    pub metrics: Option<MetricsSettings>,
     /// Logging.
     pub log: LogSettings,
     /// What is set and has no effect, to warn of.
@@ -648,6 +664,8 @@ impl<'a> Reader<'a> {
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
         let reflection = self.boolean("REFLECTION");
+        let metrics_address = self.parsed::<SocketAddr>("METRICS_ADDRESS");
+        let top = self.only(Server::Executor, |r| r.number("METRICS_TOP", 0, 10_000) as usize);
         let log = self.log();
         let (Some(listen), Some(owner), true) = (listen, owner, self.faults.is_empty()) else {
             return Err(Faults(self.faults));
@@ -680,6 +698,7 @@ impl<'a> Reader<'a> {
             reconcile_interval,
             shutdown_grace,
             reflection,
+            metrics: metrics_address.map(|address| MetricsSettings { address, top }),
             log,
             warnings: self.warnings,
             effective: self.effective,

@@ -605,6 +605,7 @@ async fn an_executor_logs_in_with_the_account_of_the_request() {
         packages: Arc::new(LocalFolder::new(packages.path())),
         scheduler: Scheduler::start(SchedulerConfig::default()),
         secrets: exec::SecretStorage::Memory,
+        fleet: None,
     };
     let executor = exec::Executor::with_credentials(parts, exec::Config::default(), rig.book.clone());
     let condition = |private_key: &str| exec::ConditionRequest {

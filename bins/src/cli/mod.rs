@@ -8,6 +8,8 @@ mod demo;
 mod install;
 mod output;
 mod package;
+mod queue;
+mod screen;
 mod serve;
 mod vm;
 
@@ -46,6 +48,7 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
         Command::Inject(command) => install::run(&cli, install::Kind::Inject, command, output).await?,
         Command::Condition(command) => condition::run(&cli, command, output).await?,
         Command::Package(command) => package::run(&cli, command, output).await?,
+        Command::Queue(command) => queue::run(&cli, command, output).await?,
         Command::Reconcile => vm::reconcile(&cli, output).await?,
         Command::Conform(args) => return conform::run(args, output).await,
         Command::Demo(args) => return demo::run(args, output).await,

@@ -72,12 +72,10 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
     future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use futures::Stream;
 use secrecy::SecretString;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -95,7 +93,7 @@ use crate::{
     credentials::{CredentialSink, Credentials},
     fleet::{Fleet, Gone, Guarded, Listener},
     package::PackageSource,
-    queue::scheduler::Scheduler,
+    queue::{LatenessQuantiles, QueueSnapshot, Scheduler},
 };
 
 mod condition;
@@ -110,11 +108,14 @@ mod recover;
 mod remove;
 mod request;
 mod secrets;
+mod stream;
 mod turns;
 mod value;
 
 #[cfg(test)]
 mod tests;
+
+pub use self::stream::ConditionStream;
 
 /// How long a package may take to be fetched.
 const FETCH_DEADLINE: Duration = Duration::from_secs(600);
@@ -269,9 +270,6 @@ pub struct ConditionValue {
     pub lateness: Duration,
 }
 
-/// Values of one condition until it or its machine is gone (`NotFound`). Dropping it frees its place at once.
-pub type ConditionStream = Pin<Box<dyn Stream<Item = Result<ConditionValue>> + Send>>;
-
 /// What is installed, as the store knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstallRecord {
@@ -300,6 +298,8 @@ pub struct ConditionStatus {
     pub vm: VmId,
     /// From one planned run to the next.
     pub interval: Duration,
+    /// From one run to the next, as it was: averaged over the last eight or so; none before the third run.
+    pub interval_got: Option<Duration>,
     /// How many streams there are.
     pub watchers: usize,
     /// How often its turn came.
@@ -312,8 +312,30 @@ pub struct ConditionStatus {
     pub fault: Option<String>,
     /// How many runs in a row gave none.
     pub consecutive_faults: u64,
+    /// How many runs were skipped because their time passed while it waited or ran.
+    pub skipped: u64,
     /// How much later than planned the latest run began.
     pub lateness: Duration,
+    /// The same of the latest few thousand runs; none before the second.
+    pub lateness_quantiles: Option<LatenessQuantiles>,
+}
+
+impl ConditionStatus {
+    /// How late it is now: the 99th percentile of its lateness, or by how much its next value is overdue where that is
+    /// more. One that waits for its turn, or gives no values, is late long before a run says so.
+    pub fn late_now(&self) -> Duration {
+        let overdue = self.last_value_age.map_or(Duration::ZERO, |age| age.saturating_sub(self.interval));
+        overdue.max(self.lateness_quantiles.map_or(self.lateness, |lateness| lateness.p99))
+    }
+}
+
+/// Why a machine is busy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// What has it, such as `install <id>` or `condition <id>`.
+    pub what: String,
+    /// For how long.
+    pub held_for: Duration,
 }
 
 /// What [`Executor::recover`] did.
@@ -511,6 +533,22 @@ impl Executor {
     /// How the conditions are doing that are watched now, in the order of their ids.
     pub fn conditions(&self) -> Vec<ConditionStatus> {
         self.inner.condition_statuses()
+    }
+
+    /// Why a machine is busy: the operation that runs there, or the install that keeps it while it waits, mostly for a
+    /// reboot. None when it is free.
+    pub fn holder(&self, vm: VmId) -> Option<Holder> {
+        let running = self.inner.scheduler.holder(vm);
+        // A hold outlives its runs and says less: the run goes first.
+        running.map(|running| Holder { what: running.what, held_for: running.running_for }).or_else(|| {
+            let held_for = self.inner.holds.held_for(vm)?;
+            Some(Holder { what: "an install that waits for its guest, as after a reboot".to_owned(), held_for })
+        })
+    }
+
+    /// What the queue holds now; see [`Scheduler::snapshot`] for what that costs.
+    pub fn queue(&self) -> QueueSnapshot {
+        self.inner.scheduler.snapshot()
     }
 
     /// Drops all records of a machine that was deleted and ends its watches. Touches no guest; a repeat changes nothing.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::scheduler::LatenessQuantiles;
+use super::scheduler::{LatenessHistogram, LatenessQuantiles};
 
 /// Counts over powers of two, from under a millisecond to over an hour.
 const BUCKETS: usize = 24;
@@ -16,10 +16,35 @@ pub(super) struct Lateness {
     total: u16,
 }
 
+/// Counts of all values since the start, in the same buckets.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Tally {
+    counts: [u64; BUCKETS],
+    sum_us: u64,
+}
+
+impl Tally {
+    pub(super) fn record(&mut self, late_us: u64) {
+        self.counts[bucket(late_us)] += 1;
+        self.sum_us = self.sum_us.saturating_add(late_us);
+    }
+
+    pub(super) fn histogram(&self) -> LatenessHistogram {
+        let bounds = (0..BUCKETS as u32 - 1).map(|bucket| Duration::from_millis(1 << bucket));
+        let buckets = bounds.zip(self.counts).collect();
+        LatenessHistogram { buckets, over: self.counts[BUCKETS - 1], sum: Duration::from_micros(self.sum_us) }
+    }
+}
+
+/// Bucket 0 is under a millisecond, bucket n under 2^n ms, the last one everything else.
+fn bucket(late_us: u64) -> usize {
+    let bits = u64::BITS - (late_us / 1000).leading_zeros();
+    (bits as usize).min(BUCKETS - 1)
+}
+
 impl Lateness {
     pub(super) fn record(&mut self, late_us: u64) {
-        let bucket = u64::BITS - (late_us / 1000).leading_zeros();
-        self.counts[(bucket as usize).min(BUCKETS - 1)] += 1;
+        self.counts[bucket(late_us)] += 1;
         self.total += 1;
         if self.total >= MAX_TOTAL {
             self.counts.iter_mut().for_each(|count| *count /= 2);
@@ -108,6 +133,26 @@ mod tests {
                 let slack = Duration::from_millis(1);
                 prop_assert!(got <= exact * 2 + slack && exact <= got * 2 + slack, "{got:?} for {exact:?}");
             }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_value_is_in_the_bucket_that_its_bound_says(values_us in prop::collection::vec(0..90_000_000_000u64, 0..200)) {
+            let mut tally = Tally::default();
+            for &us in &values_us {
+                tally.record(us);
+            }
+            let histogram = tally.histogram();
+            let mut least = Duration::ZERO;
+            for (under, count) in &histogram.buckets {
+                let inside = values_us.iter().filter(|us| (least..*under).contains(&Duration::from_micros(**us))).count();
+                prop_assert_eq!(*count, inside as u64, "{:?} to {:?}", least, under);
+                least = *under;
+            }
+            let over = values_us.iter().filter(|us| Duration::from_micros(**us) >= least).count();
+            prop_assert_eq!(histogram.over, over as u64);
+            prop_assert_eq!(histogram.sum, Duration::from_micros(values_us.iter().sum()));
         }
     }
 

@@ -10,6 +10,6 @@ mod wheel;
 
 pub use fair::GateEvent;
 pub use scheduler::{
-    GateEvents, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig,
-    Tick, VmQueue,
+    GateEvents, LatenessHistogram, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler,
+    SchedulerConfig, Tick, VmQueue,
 };

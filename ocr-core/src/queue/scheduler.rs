@@ -40,7 +40,7 @@ use tokio_util::task::TaskTracker;
 use super::{
     fair::{Cancelled, Counters, FairQueue, Finished, Full, GateEvent, Limits, OpId, Start},
     label::{Label, Labels},
-    lateness::{Lateness, Trend},
+    lateness::{Lateness, Tally, Trend},
 };
 use crate::{Error, ErrorKind, Result, Retry, VmId, error::reason};
 
@@ -148,6 +148,10 @@ pub struct QueueSnapshot {
     pub counters: Counters,
     /// Lateness of the latest few thousand runs of periodic operations, median and 99th percentile.
     pub lateness: Option<LatenessQuantiles>,
+    /// Lateness of all runs of periodic operations since the start, but for first ones.
+    pub lateness_since_start: LatenessHistogram,
+    /// How long first runs and one-shots waited, since the start.
+    pub waits_since_start: LatenessHistogram,
     /// What runs, the longest running first.
     pub running: Vec<RunningOp>,
     /// Machines with operations, or on probation, by id.
@@ -214,6 +218,17 @@ pub struct LatenessQuantiles {
     pub p99: Duration,
 }
 
+/// How many values lie where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LatenessHistogram {
+    /// Upper bounds, rising, and how many values lie under each and not under the one before.
+    pub buckets: Vec<(Duration, u64)>,
+    /// How many lie over all bounds.
+    pub over: u64,
+    /// All values together.
+    pub sum: Duration,
+}
+
 impl Scheduler {
     /// Starts a scheduler; its workers are tasks on the current tokio runtime, whose timers must be enabled. They end
     /// with [`Scheduler::shutdown`], or when the last clone and the last [`Periodic`] are dropped.
@@ -236,6 +251,8 @@ impl Scheduler {
                 alarm_us: NEVER_US,
                 closed: false,
                 lateness: Lateness::default(),
+                late: Tally::default(),
+                waits: Tally::default(),
                 workers: Vec::new(),
             }),
             config,
@@ -378,6 +395,8 @@ impl Scheduler {
                 max_connections: state.slots,
                 counters,
                 lateness: state.lateness.quantiles(),
+                lateness_since_start: state.late.histogram(),
+                waits_since_start: state.waits.histogram(),
                 running: running.collect(),
                 vms: vms.collect(),
                 periodics: periodics.collect(),
@@ -619,6 +638,10 @@ struct State {
     closed: bool,
     /// Of all periodic operations.
     lateness: Lateness,
+    /// The same since the start.
+    late: Tally,
+    /// Of first runs and one-shots, since the start.
+    waits: Tally,
     workers: Vec<AbortHandle>,
 }
 
@@ -857,10 +880,13 @@ impl Worker {
         let late_us = now_us.saturating_sub(start.planned_us);
         if let Some(interval_us) = start.interval_us {
             task.fare.note(interval_us, start.run, start.skipped, late_us);
-            if start.run > 0 {
-                state.lateness.record(late_us);
-                state.seen(start.vm_index, start.vm).record(late_us);
-            }
+        }
+        if start.run == 0 {
+            state.waits.record(late_us);
+        } else {
+            state.lateness.record(late_us);
+            state.late.record(late_us);
+            state.seen(start.vm_index, start.vm).record(late_us);
         }
         let limit = Duration::try_from_secs_f32(limit_s).unwrap_or(MAX_INTERVAL);
         let until_us = now_us.saturating_add(limit.as_micros() as u64);
