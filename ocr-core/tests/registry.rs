@@ -747,6 +747,7 @@ async fn a_package_that_cannot_be_had_leaves_the_guest_and_the_store_untouched()
         store: Arc::new(store.clone()),
         packages: Arc::new(rig.client()),
         secrets: exec::SecretStorage::Memory,
+        fleet: None,
         scheduler: Scheduler::start(SchedulerConfig::default()),
     };
     let executor = Executor::new(parts, exec::Config::default());
