@@ -349,6 +349,9 @@ pub struct RecoverReport {
     pub failed: Vec<String>,
 }
 
+/// A machine's conditions that run for others; none for one that is still looked up.
+type Followed = HashMap<InstallId, Option<Arc<Runner>>>;
+
 /// What all clones of an executor share.
 struct Inner {
     guest: Arc<dyn GuestExec>,
@@ -365,7 +368,7 @@ struct Inner {
     active: Mutex<HashSet<InstallId>>,
     runners: Mutex<Runners>,
     /// Conditions that run here because they are watched through other processes.
-    followed: Mutex<HashMap<VmId, HashMap<InstallId, Option<Arc<Runner>>>>>,
+    followed: Mutex<HashMap<VmId, Followed>>,
     /// Owns every install and removal, so that none ends with its caller.
     tasks: TaskTracker,
     closing: CancellationToken,

@@ -31,7 +31,7 @@
 //! ```
 //! - A *member* is one session of one process, under a fresh random id. A session that is lost is never revived: the
 //!   process joins again as another member. So "this member is dead" stays true for ever, and may be acted upon.
-//! - Ownership begins with a member's own write and with nothing else ([`machine`] says why).
+//! - Ownership begins with a member's own write and with nothing else; `machine.rs` says why.
 //! - The token of a machine rises with each write, to the time in microseconds or more; the guard puts it on every request,
 //!   and the guest-side runner refuses an older one. So a command that was under way when its session ended is the last.
 //! - What a lost notice would have told is found at the next renewal by whoever waits for it.

@@ -150,7 +150,7 @@ impl Keeper {
         if plan.held < before {
             self.shared.call(Call::Freed(self.me)).await;
         }
-        if plan.short && !self.short || plan.short && plan.next != *quota {
+        if plan.short && (!self.short || plan.next != *quota) {
             self.shared.call(Call::Short(self.me)).await;
         }
         self.short = plan.short;

@@ -1,6 +1,7 @@
 //! The executor on guests in memory, with tokio's clock paused: hours pass in milliseconds, and always in the same way.
 
 mod condition;
+mod elsewhere;
 mod faults;
 mod install;
 mod log;
