@@ -7,6 +7,15 @@
 //!     v
 //!   Pool ── one connection per machine and account ──(jump host)──> sshd ──> /bin/sh: the runner
 //! ```
+//!
+//! What is sent is never a secret on a command line: commands, environments and contents go by stdin, as with the agent.
+//! There is no terminal, and nothing is forwarded to us.
+//!
+//! # Limits
+//! - Results and fences are kept per account that logs in. Where root acts, that is one place; where users log in
+//!   by themselves, each has its own, and a fence of one says nothing to another.
+//! - All connections through a jump host share one to it.
+//! - A shell of an account must be of sh's kin, or fish; csh is not.
 mod address;
 mod guest;
 mod key;
