@@ -9,7 +9,7 @@ use ocr_core::{
     memory::MemoryCloud,
 };
 #[cfg(feature = "ssh")]
-use ocr_core::{StateStore, credentials::MemoryCredentials, ssh};
+use ocr_core::{StateStore, credentials::StoredCredentials, exec::SecretStorage, ssh};
 
 #[cfg(feature = "ssh")]
 use crate::settings::SshSettings;
@@ -111,14 +111,19 @@ impl Backends {
     /// # Errors
     /// When the settings cannot be used.
     #[cfg(feature = "ssh")]
-    pub fn over_ssh(mut self, settings: &SshSettings, store: Arc<dyn StateStore>) -> Result<Self> {
+    pub fn over_ssh(
+        mut self,
+        settings: &SshSettings,
+        store: Arc<dyn StateStore>,
+        secrets: SecretStorage,
+    ) -> Result<Self> {
         let mut addresses = ssh::ComputeAddresses::new(self.compute.clone())
             .with_port(settings.port)
             .with_ranges(settings.ranges.clone());
         if let Some(pattern) = &settings.pattern {
             addresses = addresses.with_pattern(pattern)?;
         }
-        let accounts = Arc::new(MemoryCredentials::new(settings.account.clone()));
+        let accounts = Arc::new(StoredCredentials::new(settings.account.clone(), store.clone(), secrets));
         let keys = ssh::HostKeys::new(store);
         let guest = ssh::SshGuest::new(Arc::new(addresses), accounts.clone(), keys, &settings.config);
         self.guest = Arc::new(guest).layer(TraceLayer);

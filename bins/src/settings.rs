@@ -242,7 +242,7 @@ pub const VARIABLES: &[Variable] = &[
         "SECRETS",
         EXECUTOR,
         Some("sealed"),
-        "what becomes of conditions' environments: sealed (by the key; refused without one) or memory (lost at the server's end)",
+        "what becomes of conditions' environments and, with GUEST=ssh, of accounts' passwords and keys: sealed (by the key; refused without one) or memory (lost at the server's end)",
     ),
     optional("REDIS_HOST", BOTH, None, "Redis server that keeps the records"),
     optional("REDIS_PORT", BOTH, Some("6379"), "its port"),

@@ -94,7 +94,7 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     let backends = match &settings.guest {
         Guest::Agent => backends,
         #[cfg(feature = "ssh")]
-        Guest::Ssh(ssh) => backends.over_ssh(ssh, shared.store.clone())?,
+        Guest::Ssh(ssh) => backends.over_ssh(ssh, shared.store.clone(), settings.secrets.clone())?,
     };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, shared.store, settings.deploy),

@@ -15,6 +15,10 @@ use secrecy::{ExposeSecret, SecretString};
 
 use crate::{Result, VmId, guest::check_user_name};
 
+mod stored;
+
+pub use stored::StoredCredentials;
+
 /// How to log in as one account. Its `Debug` shows neither secret.
 #[derive(Clone)]
 pub struct Credentials {

@@ -20,7 +20,7 @@
 //! [`SecretStorage`] says what becomes of it. The environment of features and injects is not kept, and so their delete
 //! action runs without it. Passwords and private keys are never kept, and never reach the guest: its agent becomes the
 //! account's user by name.
-//! Where guests are logged in to instead, [`Executor::with_credentials`] hands both on, and still keeps neither.
+//! Where guests are logged in to instead, [`Executor::with_credentials`] hands both on to who keeps them.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
