@@ -8,7 +8,7 @@ LIVE := ocr-libvirt/tests/live
 GUEST := target/guest
 # The state of the demo's private libvirtd. The path stays short: a unix socket's may have 107 bytes.
 DEMO_STATE := $(shell echo $${TMPDIR:-/tmp})/ocr-demo.$(shell id -u)
-FEATURES := --features ocr-bins/libvirt,ocr-core/conformance
+FEATURES := --features ocr-bins/libvirt,ocr-core/conformance,ocr-core/ssh
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ test: build guest ## every test, the live ones included
 
 BENCH ?= queue
 bench: ## measure, as ratios against a floor in the same run: make bench BENCH=queue
-	cargo bench --locked -p ocr-benches --bench $(BENCH)
+	cargo bench --locked $(if $(filter guest,$(BENCH)),-p ocr-libvirt --features libvirt,-p ocr-benches) --bench $(BENCH)
 
 lint: ## format, clippy, docs, and the plain build that needs no system package
 	cargo fmt --all --check

@@ -15,10 +15,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
     let newer = protox::compile(["ocr.proto"], ["proto"])?;
-    tonic_prost_build::configure().skip_debug(SECRET).out_dir(&out).compile_fds(newer.clone())?;
+    configure().skip_debug(SECRET).out_dir(&out).compile_fds(newer.clone())?;
 
     let ours = protox::compile(["ocr_v1.proto"], ["proto"])?;
-    tonic_prost_build::configure().out_dir(&out).compile_fds(ours.clone())?;
+    configure().out_dir(&out).compile_fds(ours.clone())?;
     let ours = without_comments(ours);
 
     // Comments are found by position; they are dropped because services are, here and at run time.
@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     // Only the one service differs; the messages are those of the newer generation.
     let out = out.join("older");
     fs::create_dir_all(&out)?;
-    let mut config = tonic_prost_build::configure().out_dir(&out);
+    let mut config = configure().out_dir(&out);
     for file in &older.file {
         if file.package.is_none() {
             let messages = file.message_type.iter().map(|message| message.name());
@@ -46,6 +46,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     config.compile_fds(condition)?;
     Ok(())
+}
+
+fn configure() -> tonic_prost_build::Builder {
+    tonic_prost_build::configure().codec_path("crate::codec::SmallCodec")
 }
 
 /// A generation of the contract together with what is ours.

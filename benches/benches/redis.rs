@@ -203,6 +203,11 @@ async fn store(server: &Server) {
     figure("redis.pool_ratio.get", ratio(&bare_get, &pool_get, wall), "ratio");
     figure("redis.put_over_set", ratio(&bare_set, &store_put, wall), "ratio");
     let per_second = |costs: &[Cost]| 1e9 / median(costs.iter().map(wall).collect());
+    let stats = server.info("commandstats");
+    let script_us = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:")?.split(',').nth(2));
+    if let Some(us) = script_us.and_then(|field| field.strip_prefix("usec_per_call=")?.parse().ok()) {
+        figure("redis.put_server_us", us, "us");
+    }
     figure("redis.store_gets", per_second(&store_get), "1/s");
     figure("redis.store_puts", per_second(&store_put), "1/s");
 }

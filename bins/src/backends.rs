@@ -4,10 +4,15 @@ use std::sync::Arc;
 
 use ocr_core::{
     ComputeBackend, GuestExec, ImageBackend, NetworkBackend, Owner, Result,
+    credentials::CredentialSink,
     layer::{LayerExt, TraceLayer},
     memory::MemoryCloud,
 };
+#[cfg(feature = "ssh")]
+use ocr_core::{StateStore, credentials::MemoryCredentials, ssh};
 
+#[cfg(feature = "ssh")]
+use crate::settings::SshSettings;
 use crate::{
     cli::args::{BackendArgs, BackendKind},
     settings::LibvirtSettings,
@@ -24,6 +29,8 @@ pub struct Backends {
     pub image: Arc<dyn ImageBackend>,
     /// Acts inside machines.
     pub guest: Arc<dyn GuestExec>,
+    /// Is told accounts of requests, where guests are logged in to.
+    pub credentials: Option<Arc<dyn CredentialSink>>,
     disks: Disks,
 }
 
@@ -94,8 +101,29 @@ impl Backends {
             network: backend.clone().layer(TraceLayer),
             image: backend.clone().layer(TraceLayer),
             guest: backend.layer(TraceLayer),
+            credentials: None,
             disks,
         }
+    }
+
+    /// Acts in guests over SSH instead of through the hypervisor; host keys are pinned in the store.
+    ///
+    /// # Errors
+    /// When the settings cannot be used.
+    #[cfg(feature = "ssh")]
+    pub fn over_ssh(mut self, settings: &SshSettings, store: Arc<dyn StateStore>) -> Result<Self> {
+        let mut addresses = ssh::ComputeAddresses::new(self.compute.clone())
+            .with_port(settings.port)
+            .with_ranges(settings.ranges.clone());
+        if let Some(pattern) = &settings.pattern {
+            addresses = addresses.with_pattern(pattern)?;
+        }
+        let accounts = Arc::new(MemoryCredentials::new(settings.account.clone()));
+        let keys = ssh::HostKeys::new(store);
+        let guest = ssh::SshGuest::new(Arc::new(addresses), accounts.clone(), keys, &settings.config);
+        self.guest = Arc::new(guest).layer(TraceLayer);
+        self.credentials = Some(accounts);
+        Ok(self)
     }
 
     /// Deletes disks of this owner's that no machine has, and image data that no record speaks of, and gives their

@@ -5,6 +5,7 @@
 pub mod backends;
 pub mod cli;
 pub mod logging;
+pub mod metrics;
 pub mod service;
 pub mod settings;
 pub mod startup;

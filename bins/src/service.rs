@@ -22,9 +22,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     backends::Backends,
+    metrics::{Metrics, MetricsSettings, Order, Sources},
     settings::{Packages, Store},
 };
 
+/// How many of the things that could not be put in order one log line names.
+const MAX_NAMED: usize = 10;
 /// Between two tries to put the house in order at start, while the backend is away.
 const RETRY_PAUSE: Duration = Duration::from_secs(5);
 
@@ -38,6 +41,7 @@ pub struct Service {
     /// The other executors on the same store.
     fleet: Option<Fleet>,
     queries: Option<Queries>,
+    order: Arc<Order>,
 }
 
 impl Service {
@@ -89,7 +93,11 @@ impl Service {
             secrets,
             fleet: fleet.clone(),
         };
-        self.executor = Some((Executor::new(parts, config), scheduler));
+        let executor = match &backends.credentials {
+            None => Executor::new(parts, config),
+            Some(credentials) => Executor::with_credentials(parts, config, credentials.clone()),
+        };
+        self.executor = Some((executor, scheduler));
         self.fleet = fleet;
         self.queries = Some(Queries::new(packages, store, query::Config::default()));
         Ok(self)
@@ -113,9 +121,38 @@ impl Service {
         server.bind(listen).await
     }
 
+    /// Takes the address of the metrics page, where there is to be one.
+    ///
+    /// # Errors
+    /// When the address cannot be had.
+    pub async fn bind_metrics(&self, settings: Option<MetricsSettings>, bound: &Bound) -> Result<Option<Metrics>> {
+        let Some(settings) = settings else { return Ok(None) };
+        let executor = self.executor.as_ref().map(|(executor, _)| executor.clone());
+        let sources = Sources { executor, load: bound.load(), order: Arc::clone(&self.order) };
+        let metrics = Metrics::bind(settings, sources).await?;
+        tracing::info!(address = %metrics.local_addr(), "metrics are at /metrics");
+        Ok(Some(metrics))
+    }
+
     /// Serves until `stop`, then lets work under way end within `grace`. Ready as soon as what an earlier process
-    /// left unfinished is in order.
-    pub async fn run(self, bound: Bound, reconcile_interval: Duration, grace: Duration, stop: CancellationToken) {
+    /// left unfinished was looked at.
+    ///
+    /// What of it could not be put in order does not keep the server from being ready: mostly it is one guest that does
+    /// not answer, and all others would go without their conditions for it. The log names it, the metric
+    /// `ocr_unfinished` counts it, and each later look tries again. A look that could not be made at all (the backend or
+    /// the store is away) does keep it: nothing is known then.
+    pub async fn run(
+        self,
+        bound: Bound,
+        metrics: Option<Metrics>,
+        reconcile_interval: Duration,
+        grace: Duration,
+        stop: CancellationToken,
+    ) {
+        let page_stop = CancellationToken::new();
+        // It shows the drain too.
+        let _page_ends = page_stop.clone().drop_guard();
+        let page = metrics.map(|metrics| tokio::spawn(metrics.serve(page_stop.clone())));
         let keep = tokio::spawn(self.clone().keep_in_order(bound.readiness(), reconcile_interval, stop.clone()));
         let end = tokio::time::Instant::now;
         let stopped = bound.serve(stop.clone().cancelled_owned(), grace).await;
@@ -139,38 +176,52 @@ impl Service {
         }
         keep.abort();
         let _ = keep.await;
+        page_stop.cancel();
+        if let Some(page) = page {
+            let _ = page.await;
+        }
     }
 
     /// Puts in order what a kill left, says that the server is ready, and looks again every now and then.
     async fn keep_in_order(self, readiness: Readiness, interval: Duration, stop: CancellationToken) {
         let mut pause = RETRY_PAUSE;
         let mut ready = false;
+        let mut unfinished = Vec::new();
         loop {
             match self.put_in_order().await {
-                Ok(()) if !ready => {
-                    readiness.set_ready(true).await;
-                    tracing::info!("ready");
-                    (ready, pause) = (true, interval);
+                Ok(left) => {
+                    self.order.looked(left.len() as u64);
+                    tell_unfinished(&unfinished, &left);
+                    unfinished = left;
+                    if !ready {
+                        readiness.set_ready(true).await;
+                        self.order.set_ready(true);
+                        tracing::info!(unfinished = unfinished.len(), "ready");
+                        (ready, pause) = (true, interval);
+                    }
                 }
-                Ok(()) => {}
                 Err(error) => tracing::warn!(%error, "could not look for unfinished work; trying again"),
             }
             tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => break,
                 () = tokio::time::sleep(pause) => {}
             }
         }
+        self.order.set_ready(false);
     }
 
-    async fn put_in_order(&self) -> Result<()> {
+    /// Says what could not be done now.
+    async fn put_in_order(&self) -> Result<Vec<String>> {
+        let mut unfinished = Vec::new();
         if let Some(deployer) = &self.deployer {
             let report = deployer.reconcile().await?;
-            if !report.is_clean() {
+            if !(report.ended.is_empty() && report.swept.is_empty() && report.forgotten.is_empty()) {
                 tracing::warn!(
-                    ended = ?report.ended, swept = ?report.swept, forgotten = ?report.forgotten, failed = ?report.failed,
+                    ended = ?report.ended, swept = ?report.swept, forgotten = ?report.forgotten,
                     "reconcile found work"
                 );
             }
+            unfinished.extend(report.failed);
         }
         if let Some((backends, owner)) = &self.disks {
             let swept = backends.sweep_disks(owner).await?;
@@ -179,11 +230,27 @@ impl Service {
             }
         }
         if let Some((executor, _)) = &self.executor {
-            let report = executor.recover().await?;
-            tracing::debug!(?report, "looked for unfinished installs");
+            unfinished.extend(executor.recover().await?.failed);
         }
-        Ok(())
+        Ok(unfinished)
     }
+}
+
+/// Once for each change: the same guest may not answer for days.
+fn tell_unfinished(before: &[String], now: &[String]) {
+    if before == now {
+        return;
+    }
+    if now.is_empty() {
+        tracing::info!("what could not be put in order before is in order");
+        return;
+    }
+    let named = now.iter().take(MAX_NAMED).collect::<Vec<_>>();
+    tracing::warn!(
+        unfinished = now.len(),
+        ?named,
+        "some of what an earlier process left cannot be put in order now; the server serves, and tries again"
+    );
 }
 
 /// An executor's settings.

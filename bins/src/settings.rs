@@ -22,8 +22,12 @@ use ocr_core::{
     seal::{SealKey, Sealer},
     state::redis::RedisConfig,
 };
+#[cfg(feature = "ssh")]
+use ocr_core::{credentials::Credentials, ssh};
 use ocr_grpc::executor::MAX_REPLY_OUTPUT_BYTES;
 use secrecy::SecretString;
+
+use crate::metrics::MetricsSettings;
 
 mod redis;
 
@@ -167,6 +171,45 @@ pub const VARIABLES: &[Variable] = &[
         Some("default"),
         "libvirt storage pool with the templates; machines' disks are made there",
     ),
+    optional("GUEST", BOTH, Some("agent"), "how guests are acted in: agent (through the hypervisor) or ssh"),
+    optional(
+        "SSH_USER",
+        BOTH,
+        None,
+        "account that guests are managed by over SSH, best root; without one only accounts of requests act",
+    ),
+    Variable { secret: true, ..optional("SSH_PASSWORD", BOTH, None, "its password") },
+    optional("SSH_PASSWORD_FILE", BOTH, None, "file with its password, instead of SSH_PASSWORD"),
+    optional("SSH_PRIVATE_KEY_FILE", BOTH, None, "file with its private key, without a passphrase"),
+    optional("SSH_SUDO", BOTH, Some("false"), "whether that account becomes root by sudo, without a password"),
+    optional("SSH_PORT", BOTH, Some("22"), "port of the guests' SSH servers"),
+    optional(
+        "SSH_ADDRESSES",
+        BOTH,
+        None,
+        "ranges such as 10.0.0.0/8,192.0.2.0/24: a guest's address in the first that it has one in; by default its first",
+    ),
+    optional(
+        "SSH_HOST_PATTERN",
+        BOTH,
+        None,
+        "host name of a guest instead of its address, with {id}, {name}, {exercise} or {deployment}",
+    ),
+    optional("SSH_JUMP", BOTH, None, "host that connections to guests go through, as user@host or user@host:port"),
+    Variable { secret: true, ..optional("SSH_JUMP_PASSWORD", BOTH, None, "password there") },
+    optional(
+        "SSH_JUMP_PRIVATE_KEY_FILE",
+        BOTH,
+        None,
+        "file with the private key for it; without one and without a password, SSH_PRIVATE_KEY_FILE",
+    ),
+    optional("SSH_MAX_CONNECTIONS", BOTH, Some("256"), "SSH connections to guests at once"),
+    optional(
+        "SSH_LOGIN_GRACE",
+        BOTH,
+        Some("120"),
+        "seconds that a first login may be refused before that is final: a guest that boots may not know the account yet",
+    ),
     optional(
         "OWNER",
         BOTH,
@@ -302,6 +345,18 @@ pub const VARIABLES: &[Variable] = &[
         "seconds between two looks for unfinished work; the first is at start",
     ),
     optional("SHUTDOWN_GRACE", BOTH, Some("25"), "seconds that work under way may take to end after SIGTERM"),
+    optional(
+        "METRICS_ADDRESS",
+        BOTH,
+        None,
+        "address and port of the metrics page for Prometheus, such as 127.0.0.1:9100; without it there is none",
+    ),
+    optional(
+        "METRICS_TOP",
+        EXECUTOR,
+        Some("100"),
+        "conditions, and machines, that have metrics of their own: the latest ones",
+    ),
     optional("REFLECTION", BOTH, Some("true"), "whether gRPC server reflection is served"),
     optional("LOG_LEVEL", BOTH, Some("INFO"), "ERROR, WARN, INFO, DEBUG or TRACE"),
     optional("LOG_DIR", BOTH, None, "folder for log files, one a day; without it, logs go to stderr"),
@@ -414,6 +469,8 @@ pub struct Settings {
     pub insecure: bool,
     /// Where machines are.
     pub backend: Backend,
+    /// How guests are acted in.
+    pub guest: Guest,
     /// Where records are kept.
     pub store: Store,
     /// The deployer's.
@@ -436,6 +493,8 @@ pub struct Settings {
     pub shutdown_grace: Duration,
     /// Whether reflection is served.
     pub reflection: bool,
+    /// The metrics page, where there is one.
+    pub metrics: Option<MetricsSettings>,
     /// Logging.
     pub log: LogSettings,
     /// What is set and has no effect, to warn of.
@@ -450,6 +509,32 @@ pub enum Backend {
     Libvirt(LibvirtSettings),
     /// In this process; only `ocr serve` and `ocr demo` offer it.
     Memory,
+}
+
+/// How guests are acted in.
+#[derive(Clone, Debug)]
+pub enum Guest {
+    /// Through the backend's agent.
+    Agent,
+    /// Over SSH.
+    #[cfg(feature = "ssh")]
+    Ssh(Box<SshSettings>),
+}
+
+/// How to reach guests over SSH, and as whom.
+#[cfg(feature = "ssh")]
+#[derive(Clone, Debug)]
+pub struct SshSettings {
+    /// The account that all guests are managed by.
+    pub account: Option<Credentials>,
+    /// The port of their servers.
+    pub port: u16,
+    /// Which of their addresses.
+    pub ranges: Vec<ssh::Range>,
+    /// Or by which name.
+    pub pattern: Option<String>,
+    /// Connections.
+    pub config: ssh::SshConfig,
 }
 
 /// How to reach libvirt.
@@ -557,6 +642,7 @@ impl<'a> Reader<'a> {
             }
             self.faults.push("BACKEND: openstack is not in this version yet; set BACKEND=libvirt".to_owned());
         }
+        let guest = self.guest();
         let owner = self.parsed::<Owner>("OWNER");
         let store = self.store(owner.as_ref(), insecure);
         let timeout = self.seconds("HYPERVISOR_WAIT_TIMEOUT", 1, 86_400);
@@ -578,6 +664,8 @@ impl<'a> Reader<'a> {
         let reconcile_interval = self.seconds("RECONCILE_INTERVAL", 1, 86_400);
         let shutdown_grace = self.seconds("SHUTDOWN_GRACE", 0, 3_600);
         let reflection = self.boolean("REFLECTION");
+        let metrics_address = self.parsed::<SocketAddr>("METRICS_ADDRESS");
+        let top = self.only(Server::Executor, |r| r.number("METRICS_TOP", 0, 10_000) as usize);
         let log = self.log();
         let (Some(listen), Some(owner), true) = (listen, owner, self.faults.is_empty()) else {
             return Err(Faults(self.faults));
@@ -597,6 +685,7 @@ impl<'a> Reader<'a> {
             listen,
             insecure,
             backend: Backend::Libvirt(libvirt),
+            guest,
             fleet: matches!((self.server, &store), (Server::Executor, Store::Redis(_)))
                 .then_some(FleetConfig { lease_ttl, max_connections: queue.max_connections }),
             store,
@@ -609,6 +698,7 @@ impl<'a> Reader<'a> {
             reconcile_interval,
             shutdown_grace,
             reflection,
+            metrics: metrics_address.map(|address| MetricsSettings { address, top }),
             log,
             warnings: self.warnings,
             effective: self.effective,
@@ -644,6 +734,100 @@ impl<'a> Reader<'a> {
             pool: self.text("STORAGE_POOL"),
             insecure,
         }
+    }
+
+    #[cfg(feature = "ssh")]
+    fn guest(&mut self) -> Guest {
+        if self.choice("GUEST", &["agent", "ssh"]) != "ssh" {
+            return Guest::Agent;
+        }
+        let user = self.maybe("SSH_USER");
+        let (password, file) = (self.maybe("SSH_PASSWORD"), self.file("SSH_PASSWORD_FILE"));
+        if password.is_some() && file.is_some() {
+            self.faults.push("SSH_PASSWORD_FILE: is set and so is SSH_PASSWORD; one of them is wanted".to_owned());
+        }
+        let password = password.or_else(|| file.map(|text| text.trim_end_matches(['\r', '\n']).to_owned()));
+        let key = self.private_key("SSH_PRIVATE_KEY_FILE");
+        let with = |user: &str, password: Option<String>, key: Option<SecretString>| {
+            let credentials = Credentials::of(user).with_password(password.unwrap_or_default());
+            credentials.with_private_key(key.unwrap_or_default())
+        };
+        if let Some(user) = &user
+            && let Err(error) = ocr_core::guest::check_user_name(user)
+        {
+            self.faults.push(format!("SSH_USER: {}", error.message()));
+        }
+        match (&user, password.is_some() || key.is_some()) {
+            (None, true) => {
+                self.faults.push("SSH_USER: is not set, and there is a password or a key for it".to_owned())
+            }
+            (Some(_), false) => {
+                self.faults.push("SSH_USER: wants SSH_PRIVATE_KEY_FILE, SSH_PASSWORD or SSH_PASSWORD_FILE".to_owned());
+            }
+            _ => {}
+        }
+        let account = user.map(|user| with(&user, password, key.clone()));
+        let (jump_password, jump_key) =
+            (self.maybe("SSH_JUMP_PASSWORD"), self.private_key("SSH_JUMP_PRIVATE_KEY_FILE"));
+        let jump = self.maybe("SSH_JUMP").and_then(|text| {
+            let found = parse_jump(&text);
+            if found.is_none() {
+                self.faults.push(format!("SSH_JUMP: wants user@host or user@host:port, got {text:?}"));
+            }
+            let (user, at) = found?;
+            // What opens the guests often opens the way to them.
+            let key = if jump_key.is_none() && jump_password.is_none() { key } else { jump_key };
+            Some(ssh::Jump { at, credentials: with(&user, jump_password, key) })
+        });
+        let ranges = self.maybe("SSH_ADDRESSES").unwrap_or_default();
+        let ranges = ranges.split(',').map(str::trim).filter(|text| !text.is_empty()).map(str::parse);
+        let ranges = ranges.collect::<Result<Vec<ssh::Range>, _>>().unwrap_or_else(|error| {
+            self.faults.push(format!("SSH_ADDRESSES: {}", error.message()));
+            Vec::new()
+        });
+        let config = ssh::SshConfig {
+            max_connections: self.number("SSH_MAX_CONNECTIONS", 1, 65_536) as usize,
+            login_grace: self.seconds("SSH_LOGIN_GRACE", 0, 86_400),
+            sudo: self.boolean("SSH_SUDO"),
+            jump,
+            ..ssh::SshConfig::default()
+        };
+        let pattern = self.maybe("SSH_HOST_PATTERN");
+        if let Some(Err(error)) = pattern.as_deref().map(ssh::ComputeAddresses::check_pattern) {
+            self.faults.push(format!("SSH_HOST_PATTERN: {}", error.message()));
+        }
+        let port = self.parsed::<std::num::NonZeroU16>("SSH_PORT").map_or(ssh::Endpoint::SSH_PORT, Into::into);
+        Guest::Ssh(Box::new(SshSettings { account, port, ranges, pattern, config }))
+    }
+
+    #[cfg(not(feature = "ssh"))]
+    fn guest(&mut self) -> Guest {
+        if self.choice("GUEST", &["agent", "ssh"]) == "ssh" {
+            self.faults.push("GUEST: this program was built without ssh; build it with `--features ssh`".to_owned());
+        }
+        Guest::Agent
+    }
+
+    /// The content of the file that a variable names.
+    #[cfg(feature = "ssh")]
+    fn file(&mut self, name: &'static str) -> Option<String> {
+        let path = self.maybe(name)?;
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Some(text),
+            Err(error) => {
+                self.faults.push(format!("{name}: {path:?} cannot be read: {error}"));
+                None
+            }
+        }
+    }
+
+    #[cfg(feature = "ssh")]
+    fn private_key(&mut self, name: &'static str) -> Option<SecretString> {
+        let key = SecretString::from(self.file(name)?);
+        if let Err(error) = ssh::check_private_key(&key) {
+            self.faults.push(format!("{name}: {}", error.message()));
+        }
+        Some(key)
     }
 
     /// From one place, never from two: nobody could tell which package was installed.
@@ -871,6 +1055,22 @@ pub fn read_key_file(path: &Path) -> Result<Sealer, String> {
 /// Far more than [`ocr_core::seal::MAX_KEYS`] keys with comments take.
 const MAX_KEY_FILE_BYTES: u64 = 64 << 10;
 
+/// `user@host`, `user@host:port`, and with an address of IPv6 `user@[address]:port`.
+#[cfg(feature = "ssh")]
+fn parse_jump(text: &str) -> Option<(String, ssh::Endpoint)> {
+    let (user, at) = text.rsplit_once('@')?;
+    let (host, port) = match at.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']')?;
+            (host, if rest.is_empty() { None } else { Some(rest.strip_prefix(':')?) })
+        }
+        None => at.split_once(':').map_or((at, None), |(host, port)| (host, Some(port))),
+    };
+    let port = port.map_or(Some(ssh::Endpoint::SSH_PORT), |port| port.parse().ok().filter(|port| *port > 0))?;
+    let fine = !host.is_empty() && ocr_core::guest::check_user_name(user).is_ok();
+    fine.then(|| (user.to_owned(), ssh::Endpoint::new(host, port)))
+}
+
 fn table_entry(name: &'static str) -> &'static Variable {
     match VARIABLES.iter().find(|variable| variable.name == name) {
         Some(variable) => variable,
@@ -1053,6 +1253,64 @@ mod tests {
         let shown: Vec<_> = settings.effective().collect();
         assert!(shown.contains(&("HYPERVISOR_PASSWORD", "(hidden)")));
         assert!(!format!("{settings:?}{shown:?}").contains("canary-7f3a"));
+    }
+
+    #[cfg(feature = "ssh")]
+    fn over_ssh(more: &[(&str, &str)]) -> Result<SshSettings, Faults> {
+        let mut values = good();
+        for (name, value) in [("GUEST", "ssh")].iter().chain(more) {
+            values.insert((*name).to_owned(), (*value).to_owned());
+        }
+        match Settings::read(Server::Machiner, &values)?.guest {
+            Guest::Ssh(ssh) => Ok(*ssh),
+            Guest::Agent => panic!("the agent"),
+        }
+    }
+
+    #[test]
+    #[cfg(feature = "ssh")]
+    fn ssh_is_read_with_secrets_from_files_and_shows_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("password");
+        std::fs::write(&file, "canary-7f3a\n").unwrap();
+        let file = file.to_str().unwrap();
+        let settings = [
+            ("SSH_USER", "debian"),
+            ("SSH_PASSWORD_FILE", file),
+            ("SSH_SUDO", "yes"),
+            ("SSH_ADDRESSES", "10.0.0.0/8, fd00::/8"),
+            ("SSH_JUMP", "me@[fd00::1]:2222"),
+            ("SSH_JUMP_PASSWORD", "canary-7f3b"),
+            ("SSH_HOST_PATTERN", "{name}.example"),
+        ];
+        let ssh = over_ssh(&settings).unwrap();
+        assert_eq!((ssh.ranges.len(), ssh.config.sudo, ssh.port), (2, true, 22));
+        assert_eq!(ssh.config.jump.as_ref().unwrap().at, ssh::Endpoint::new("fd00::1", 2222));
+        let account = ssh.account.as_ref().unwrap();
+        assert_eq!(secrecy::ExposeSecret::expose_secret(account.password.as_ref().unwrap()), "canary-7f3a");
+        assert!(!format!("{ssh:?}").contains("canary"), "{ssh:?}");
+        assert!(over_ssh(&[]).unwrap().account.is_none());
+    }
+
+    #[test]
+    #[cfg(feature = "ssh")]
+    fn every_fault_of_ssh_names_its_variable() {
+        for (name, value) in [
+            ("SSH_USER", "root"),
+            ("SSH_PASSWORD", "x"),
+            ("SSH_PASSWORD_FILE", "/no/such/file"),
+            ("SSH_PRIVATE_KEY_FILE", "/etc/hostname"),
+            ("SSH_ADDRESSES", "10.0.0.0/99"),
+            ("SSH_JUMP", "host"),
+            ("SSH_JUMP", "me@host:0"),
+            ("SSH_PORT", "0"),
+            ("SSH_HOST_PATTERN", "{ip}"),
+            ("SSH_MAX_CONNECTIONS", "0"),
+        ] {
+            let faults = over_ssh(&[(name, value)]).unwrap_err();
+            let named = if name == "SSH_PASSWORD" { "SSH_USER" } else { name };
+            assert!(faults.0.iter().any(|fault| fault.starts_with(&format!("{named}: "))), "{name}={value}: {faults}");
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::{
     backends::Backends,
     logging,
     service::{ExecutorParts, Service, open_packages, stop_on_signals, wait_for_backend, wait_for_store},
-    settings::{Backend, Server, Settings, VARIABLES, Wanted, environment_over},
+    settings::{Backend, Guest, Server, Settings, VARIABLES, Wanted, environment_over},
 };
 
 /// The exit code for settings that cannot be used.
@@ -77,6 +77,9 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     if !settings.listen.ip().is_loopback() {
         tracing::warn!("GLOBAL_HOST is not loopback: whoever reaches {} can use this server", settings.listen);
     }
+    if let Some(metrics) = settings.metrics.filter(|metrics| !metrics.address.ip().is_loopback()) {
+        tracing::warn!("METRICS_ADDRESS is not loopback: whoever reaches {} can read the metrics", metrics.address);
+    }
     let stop =
         stop_on_signals().map_err(|error| ocr_core::Error::internal("signals cannot be watched").with_source(error))?;
     // The store first: it tells another process with the same file before anything is touched.
@@ -88,6 +91,11 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
         }
     };
     let Some(backends) = wait_for_backend(open, &stop).await? else { return Ok(()) };
+    let backends = match &settings.guest {
+        Guest::Agent => backends,
+        #[cfg(feature = "ssh")]
+        Guest::Ssh(ssh) => backends.over_ssh(ssh, shared.store.clone())?,
+    };
     let service = match settings.server {
         Server::Machiner => Service::default().with_deployer(&backends, shared.store, settings.deploy),
         Server::Executor => {
@@ -103,10 +111,11 @@ async fn serve(settings: Settings) -> ocr_core::Result<()> {
     };
     let generation = if settings.identifier_reply { Generation::Older } else { Generation::Newer };
     let bound = service.bind(settings.listen, generation, settings.reflection).await?;
+    let metrics = service.bind_metrics(settings.metrics, &bound).await?;
     tracing::info!(address = %bound.local_addr(), "listening");
     // For whoever started us with port 0.
     println!("{program} listening on {}", bound.local_addr());
-    service.run(bound, settings.reconcile_interval, settings.shutdown_grace, stop).await;
+    service.run(bound, metrics, settings.reconcile_interval, settings.shutdown_grace, stop).await;
     Ok(())
 }
 

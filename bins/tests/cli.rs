@@ -6,14 +6,17 @@ mod redis;
 mod support;
 
 use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     time::Duration,
 };
 
+use ocr_core::{Key, Precondition, StateStore, state::embedded::EmbeddedStore};
 use redis::need_redis;
 use serde_json::{Value, json};
-use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, until, write_package};
+use support::{EXECUTOR, MACHINER, OCR, SOON, Said, Server, command, keeper, run, say, soon, until, write_package};
 
 /// `ocr serve --backend memory` on a free port, with three packages.
 struct Serve {
@@ -23,6 +26,11 @@ struct Serve {
 
 impl Serve {
     async fn start() -> Self {
+        Self::start_on(async |_| {}).await
+    }
+
+    /// With a state file that is made ready first.
+    async fn start_on(prepare: impl AsyncFnOnce(&Path)) -> Self {
         let folder = keeper().new_folder("serve");
         let packages = folder.join("packages");
         write_package(
@@ -44,14 +52,49 @@ impl Serve {
             "type = \"condition\"\n[condition]\naction = \"cat /srv/value\"\ninterval = 1\n",
         );
         let mut serve = command(OCR);
-        serve.args(["serve", "--backend", "memory", "--listen", "127.0.0.1:0", "--packages"]);
+        serve.args([
+            "serve",
+            "--backend",
+            "memory",
+            "--listen",
+            "127.0.0.1:0",
+            "--metrics",
+            "127.0.0.1:0",
+            "--packages",
+        ]);
         let state = folder.join("state.redb");
+        prepare(&state).await;
         let keys = folder.join("keys");
         std::fs::write(&keys, "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff\n").unwrap();
         serve.arg(&packages).arg("--state").arg(&state).arg("--state-key-file").arg(keys);
         let server = Server::start(serve, &folder.join("log"));
         server.serving(SOON).await;
         Self { server, state }
+    }
+
+    /// What the metrics page's server answers: head and body.
+    async fn http(&self, method: &str, path: &str) -> (String, String) {
+        let log = self.server.log_text();
+        let line = log.lines().find(|line| line.contains("metrics are at /metrics")).expect("the log says where");
+        let address = line.rsplit("address=").next().unwrap().trim().to_owned();
+        let request = format!("{method} {path} HTTP/1.1\r\nHost: {address}\r\n\r\n");
+        let answer = tokio::task::spawn_blocking(move || {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.write_all(request.as_bytes()).unwrap();
+            let mut text = String::new();
+            stream.read_to_string(&mut text).unwrap();
+            text
+        });
+        let answer = soon("an answer", answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.to_owned(), body.to_owned())
+    }
+
+    async fn metrics(&self) -> Page {
+        let (head, body) = self.http("GET", "/metrics").await;
+        assert!(head.starts_with("HTTP/1.1 200 "), "{head}");
+        assert!(head.to_lowercase().contains("content-type: application/openmetrics-text"), "{head}");
+        Page::parse(&body)
     }
 
     /// Runs `ocr` against it.
@@ -123,6 +166,269 @@ async fn every_command_speaks_json_to_programs() {
     let failure: Value = serde_json::from_str(&failure).unwrap();
     assert_eq!(failure["error"]["code"], "NotFound", "{failure}");
     assert!(serve.server.terminate().await.success());
+}
+
+/// A machine with a condition that is watched until this is dropped.
+struct Watched {
+    vm: String,
+    condition: String,
+    _stream: tonic::Streaming<ocr_grpc::proto::ConditionStreamResponse>,
+}
+
+impl Serve {
+    /// Watches a condition and waits for its second value.
+    async fn watched(&self) -> Watched {
+        let vm = self.ocr(&["--json", "vm", "create", "web-0", "-t", "tiny"]).await.json()["id"].clone();
+        let vm = vm.as_str().unwrap().to_owned();
+        let made = self.ocr(&["--json", "condition", "install", &vm, "alive", "--name", "is it up"]).await.json();
+        let condition = made["id"].as_str().unwrap().to_owned();
+        let mut client = ocr_grpc::client::ConditionServiceClient::new(self.server.channel().await);
+        let id = ocr_grpc::proto::Identifier { value: condition.clone() };
+        let mut stream = client.stream(id).await.unwrap().into_inner();
+        for _ in 0..2 {
+            soon("a value", stream.message()).await.unwrap().unwrap();
+        }
+        Watched { vm, condition, _stream: stream }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_queue_is_shown_to_people_and_to_programs() {
+    let serve = Serve::start().await;
+    let idle = serve.ocr(&["queue", "top", "--once"]).await.fine();
+    assert!(idle.starts_with("waiting 0  running 0 of 50 "), "{idle}");
+    let watched = serve.watched().await;
+
+    let shown = serve.ocr(&["--json", "queue", "top", "--once"]).await.json();
+    let condition = &shown["conditions"][0];
+    assert_eq!(shown["conditions_total"], 1, "{shown}");
+    assert_eq!(
+        (&condition["condition"], &condition["machine"], &condition["name"], &condition["value"]),
+        (&json!(watched.condition), &json!(watched.vm), &json!("is it up"), &json!(0.5))
+    );
+    assert_eq!((&condition["interval_wanted_ms"], &condition["watchers"]), (&json!(1000), &json!(1)));
+    assert!(condition["runs"].as_u64().unwrap() >= 2 && condition["lateness"]["p99_us"].is_u64(), "{shown}");
+    let machine = &shown["machines"][0];
+    assert_eq!((&machine["machine"], &machine["operations"]), (&json!(watched.vm), &json!(1)), "{shown}");
+
+    let looks = ["--json", "queue", "top", "--interval", "100ms", "--count", "3", "--vm", &watched.vm];
+    assert_eq!(serve.ocr(&looks).await.json_lines().len(), 3);
+    let text = serve.ocr(&["queue", "top", "--interval", "100ms", "--count", "2"]).await.fine();
+    assert!(!text.contains('\u{1b}'), "no terminal, no codes: {text:?}");
+    assert_eq!(text.lines().filter(|line| line.starts_with(&watched.condition)).count(), 2, "{text}");
+    assert_eq!(text.lines().filter(|line| line.contains("machine (1 of 1)")).count(), 2, "{text}");
+    let elsewhere = serve.ocr(&["--json", "queue", "top", "--once", "--vm", NOBODY]).await.json();
+    assert_eq!((&elsewhere["conditions"], &elsewhere["machines"]), (&json!([]), &json!([])));
+    for arguments in [&["queue", "top", "--top", "1001"][..], &["queue", "holder", "no-uuid"]] {
+        assert_eq!(serve.ocr(arguments).await.code, Some(2), "{arguments:?}");
+    }
+    let failure = serve.ocr(&["queue", "top", "--interval", "1ms"]).await.failed();
+    assert!(failure.contains("interval_ms: wants 100 to 3600000"), "{failure}");
+}
+
+/// A metrics page, read strictly.
+struct Page {
+    /// Metric names and their kinds.
+    kinds: BTreeMap<String, String>,
+    /// Series, labels and all, and their values.
+    values: BTreeMap<String, f64>,
+}
+
+impl Page {
+    #[track_caller]
+    fn parse(text: &str) -> Self {
+        let (mut kinds, mut values) = (BTreeMap::new(), BTreeMap::new());
+        let text = text.strip_suffix("# EOF\n").expect("the end is marked");
+        for line in text.lines() {
+            if let Some(rest) = line.strip_prefix("# ") {
+                let mut words = rest.splitn(3, ' ');
+                let (word, name, rest) = (words.next().unwrap(), words.next().unwrap(), words.next().unwrap());
+                match word {
+                    "TYPE" => assert_eq!(kinds.insert(name.to_owned(), rest.to_owned()), None, "{line}"),
+                    "HELP" => assert!(!rest.is_empty() && !rest.ends_with(".."), "{line}"),
+                    _ => panic!("{line}"),
+                }
+                continue;
+            }
+            let (series, value) = line.rsplit_once(' ').unwrap();
+            let name = series.split('{').next().unwrap();
+            let of = |kind: &str, ends: &[&str]| {
+                ends.iter()
+                    .any(|end| name.strip_suffix(end).is_some_and(|name| kinds.get(name).is_some_and(|k| k == kind)))
+            };
+            let known =
+                of("gauge", &[""]) || of("counter", &["_total"]) || of("histogram", &["_bucket", "_sum", "_count"]);
+            assert!(known, "{line} has no type");
+            assert!(series.len() == name.len() || series.ends_with('}'), "{line}");
+            let value = value.parse::<f64>().unwrap_or_else(|error| panic!("{line}: {error}"));
+            assert_eq!(values.insert(series.to_owned(), value), None, "{line} is there twice");
+        }
+        Self { kinds, values }
+    }
+
+    #[track_caller]
+    fn value(&self, series: &str) -> f64 {
+        *self.values.get(series).unwrap_or_else(|| panic!("{series} in {:#?}", self.values))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_server_has_the_metrics_that_the_documentation_names() {
+    let serve = Serve::start().await;
+    let watched = serve.watched().await;
+    let odd = "a \"quoted\\\" one";
+    let made = serve.ocr(&["--json", "condition", "install", &watched.vm, "alive", "--name", odd]).await.json();
+    let odd_id = made["id"].as_str().unwrap().to_owned();
+    let mut client = ocr_grpc::client::ConditionServiceClient::new(serve.server.channel().await);
+    let mut stream = client.stream(ocr_grpc::proto::Identifier { value: odd_id.clone() }).await.unwrap().into_inner();
+    for _ in 0..4 {
+        soon("a value", stream.message()).await.unwrap().unwrap();
+    }
+    // A page serves for a second.
+    let page = until(SOON, "a page with four runs", async || {
+        let page = serve.metrics().await;
+        let runs = page
+            .values
+            .iter()
+            .find(|(series, _)| series.starts_with("ocr_condition_runs_total{") && series.contains(&odd_id));
+        runs.is_some_and(|(_, runs)| *runs >= 4.0).then_some(page)
+    })
+    .await;
+
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/OPERATIONS.md")).unwrap();
+    let documented: BTreeMap<_, _> = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `ocr_"))
+        .map(|rest| {
+            let mut cells = rest.split('|').map(str::trim);
+            let name = cells.next().unwrap().split(['`', '{']).next().unwrap();
+            (format!("ocr_{name}"), cells.next().unwrap().to_owned())
+        })
+        .collect();
+    // In the documentation a counter has the name that one asks Prometheus for.
+    let served: BTreeMap<_, _> = page
+        .kinds
+        .iter()
+        .map(|(name, kind)| (if kind == "counter" { format!("{name}_total") } else { name.clone() }, kind.clone()))
+        .collect();
+    assert_eq!(served, documented);
+
+    assert_eq!((page.value("ocr_ready"), page.value("ocr_unfinished")), (1.0, 0.0));
+    assert_eq!((page.value("ocr_queue_limit"), page.value("ocr_conditions_watched")), (50.0, 2.0));
+    assert_eq!((page.value("ocr_condition_streams"), page.value("ocr_streams_open")), (2.0, 2.0));
+    assert!(page.value("ocr_queue_operations_total{result=\"ended\"}") >= 6.0);
+    assert_eq!(page.value("ocr_queue_wait_seconds_count"), page.value("ocr_queue_started_total{run=\"first\"}"));
+    assert_eq!(page.value("ocr_queue_lateness_seconds_count"), page.value("ocr_queue_started_total{run=\"again\"}"));
+    assert_eq!(
+        page.value("ocr_queue_lateness_seconds_bucket{le=\"+Inf\"}"),
+        page.value("ocr_queue_lateness_seconds_count")
+    );
+    let Watched { vm, condition, .. } = &watched;
+    let labels = format!("{{condition=\"{condition}\",machine=\"{vm}\",name=\"is it up\"}}");
+    assert_eq!(page.value(&format!("ocr_condition_interval_wanted_seconds{labels}")), 1.0);
+    assert_eq!(page.value(&format!("ocr_condition_faults{labels}")), 0.0);
+    assert!(page.value(&format!("ocr_machine_busy_seconds{{machine=\"{vm}\"}}")) >= 0.0);
+    let odd = r#"name="a \"quoted\\\" one""#;
+    assert!(page.values.keys().any(|series| series.contains(odd)), "{:?}", page.values.keys());
+
+    // What is gone leaves the page.
+    drop(stream);
+    serve.ocr(&["condition", "delete", &odd_id]).await.fine();
+    until(SOON, "a page without it", async || {
+        let page = serve.metrics().await;
+        (!page.values.keys().any(|series| series.contains(&odd_id))).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_metrics_page_is_all_that_its_address_serves() {
+    let serve = Serve::start().await;
+    for (method, path, status) in
+        [("GET", "/", "404"), ("GET", "/metrics/", "404"), ("POST", "/metrics", "405"), ("HEAD", "/metrics", "200")]
+    {
+        let (head, body) = serve.http(method, path).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{method} {path}: {head}");
+        assert_eq!(body.is_empty(), method == "HEAD", "{method} {path}: {body}");
+    }
+    assert!(serve.server.terminate().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_put_in_order_is_logged_and_counted_and_the_server_serves() {
+    let serve = Serve::start_on(async |state: &Path| {
+        let store = EmbeddedStore::open(state).unwrap();
+        let key = Key::new(format!("exec/install/{NOBODY}")).unwrap();
+        store.put(&key, b"of another version"[..].into(), Precondition::Absent, None).await.unwrap();
+    })
+    .await;
+    let page = serve.metrics().await;
+    assert_eq!((page.value("ocr_ready"), page.value("ocr_unfinished")), (1.0, 1.0));
+    let log = serve.server.log_text();
+    let told: Vec<_> = log.lines().filter(|line| line.contains("cannot be put in order now")).collect();
+    assert!(told.len() == 1 && told[0].contains("WARN") && told[0].contains(NOBODY), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_a_machine_is_told_while_it_has_it() {
+    let serve = Serve::start().await;
+    let vm = serve.ocr(&["--json", "vm", "create", "web-0", "-t", "tiny"]).await.json()["id"].clone();
+    let vm = vm.as_str().unwrap();
+    assert_eq!(serve.ocr(&["queue", "holder", vm]).await.fine(), "free\n");
+    let slow = ["--json", "condition", "install", vm, "--command", "sleep 600", "--interval", "1s"];
+    let id = serve.ocr(&slow).await.json()["id"].as_str().unwrap().to_owned();
+    let mut client = ocr_grpc::client::ConditionServiceClient::new(serve.server.channel().await);
+    let _stream = client.stream(ocr_grpc::proto::Identifier { value: id.clone() }).await.unwrap();
+    let held = until(SOON, "the machine is held", async || {
+        let held = serve.ocr(&["--json", "queue", "holder", vm]).await.json();
+        (held["held"] == true).then_some(held)
+    })
+    .await;
+    assert_eq!((&held["machine"], &held["what"]), (&json!(vm), &json!(format!("condition {id}"))));
+    assert!(held["held_for_ms"].is_u64());
+    let text = serve.ocr(&["queue", "holder", vm]).await.fine();
+    assert!(text.starts_with(&format!("condition {id} for ")), "{text}");
+    let top = serve.ocr(&["queue", "top", "--once"]).await.fine();
+    assert!(top.contains(&format!("condition {id} for ")), "{top}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_live_table_gives_the_terminal_back() {
+    let serve = Serve::start().await;
+    let watched = serve.watched().await;
+    // `script` makes a terminal. It gets a q some time after it has begun, and says last how the terminal was left.
+    for end in ["q", "Q", "\u{3}"] {
+        let mut script = command("script");
+        let line = format!(
+            "trap : INT; {OCR} --executor {} queue top --interval 100ms; echo left $?; stty -a",
+            serve.server.url()
+        );
+        script.args(["-qec", &line, "/dev/null"]).env("TERM", "xterm").stdin(Stdio::piped());
+        let mut child = match script.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() {
+            Ok(child) => child,
+            Err(error) => return say(format!("ignored: script does not run here ({error})")),
+        };
+        let (mut keys, mut out) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let (send, seen) = std::sync::mpsc::channel();
+        let reader = std::thread::spawn(move || {
+            let (mut text, mut buffer) = (Vec::new(), [0; 4096]);
+            while let Ok(read @ 1..) = out.read(&mut buffer) {
+                text.extend_from_slice(&buffer[..read]);
+                let _ = send.send(String::from_utf8_lossy(&text).into_owned());
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        while !seen.recv_timeout(SOON).unwrap().contains(&watched.condition) {}
+        keys.write_all(end.as_bytes()).unwrap();
+        keys.flush().unwrap();
+        let text = tokio::task::spawn_blocking(|| reader.join().unwrap());
+        let text = soon("the table ends", text).await.unwrap();
+        drop(keys);
+        child.wait().unwrap();
+        let (page, after) = text.split_once("\u{1b}[?1049l").expect("the page is left");
+        assert!(page.contains("\u{1b}[?1049h") && page.contains("condition (1 of 1)"), "{page:?}");
+        assert!(after.contains("left 0") && after.contains(" icanon") && after.contains(" echo "), "{after:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -259,7 +565,7 @@ async fn an_executor_waits_for_its_redis() {
     redis.kill();
     let log = keeper().new_folder("redis").join("log");
     let mut executor = executor_on(&redis, password);
-    executor.stderr(std::fs::File::create(&log).unwrap()).stdout(std::process::Stdio::null());
+    executor.stderr(std::fs::File::create(&log).unwrap()).stdout(Stdio::null());
     let mut executor = executor.spawn().unwrap();
     keeper().tell("own", executor.id());
     let says = async |text: &str| {

@@ -489,7 +489,7 @@ pub fn check_guest_path(path: &str) -> Result<()> {
 }
 
 /// What to run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Command {
     /// A program and its arguments; no shell reads them.
     Argv(Vec<String>),

@@ -62,6 +62,7 @@
 pub mod compute;
 #[cfg(feature = "conformance")]
 pub mod conformance;
+pub mod credentials;
 pub mod error;
 pub mod exec;
 pub mod fleet;
@@ -76,6 +77,8 @@ pub mod package;
 pub mod queue;
 pub mod seal;
 pub mod signal;
+#[cfg(feature = "ssh")]
+pub mod ssh;
 pub mod state;
 
 pub use compute::{

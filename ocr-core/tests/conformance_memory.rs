@@ -30,7 +30,7 @@ async fn a_guest_that_is_lent_is_given_back_clean() {
     let cloud = MemoryCloud::new();
     let vm = cloud.create_vm(&MemoryCloud::tiny_spec("lent")).await.unwrap().id;
     // The first case that leaves a file behind because its own removal fails.
-    cloud.fault("guest.remove_file", 1, Fault::Before(Error::unavailable("not now")));
+    cloud.fault("guest.remove_files", 1, Fault::Before(Error::unavailable("not now")));
     let guest = Arc::new(cloud.clone());
     let subject = Subject { guest: Some(guest), guest_vm: Some(vm), ..Subject::new() };
     let report = run(&subject, |case| case.name == "guest_put_roundtrip").await;

@@ -28,7 +28,7 @@ const LIBRARIES: [&str; 4] = ["ocr-core", "ocr-openstack", "ocr-libvirt", "ocr-g
 
 /// Crates that belong to some members only, not even to the tests of the others. A name stands for its family too:
 /// `tonic` for `tonic-health`.
-const OWNED: [(&str, &[&str]); 9] = [
+const OWNED: [(&str, &[&str]); 10] = [
     ("virt", &["ocr-libvirt"]),
     ("tonic", &["ocr-grpc", "ocr-bins", "ocr-benches"]),
     ("prost", &["ocr-grpc", "ocr-bins", "ocr-benches"]),
@@ -38,10 +38,12 @@ const OWNED: [(&str, &[&str]); 9] = [
     ("reqwest", &["ocr-openstack"]),
     ("lapin", &[]),
     ("deadpool-redis", &["ocr-benches"]),
+    ("russh", &[]),
 ];
 
 /// Owned crates that a library may use beside their owners behind a feature that is off by default.
-const OPTIONAL: [(&str, &str); 3] = [("ocr-core", "reqwest"), ("ocr-core", "lapin"), ("ocr-core", "deadpool-redis")];
+const OPTIONAL: [(&str, &str); 4] =
+    [("ocr-core", "reqwest"), ("ocr-core", "lapin"), ("ocr-core", "deadpool-redis"), ("ocr-core", "russh")];
 
 static METADATA: LazyLock<Metadata> = LazyLock::new(|| {
     // For this platform only: crates of others may not be there, and nobody wants to fetch them for a test.

@@ -1,6 +1,6 @@
 //! The id of one call: in the log, in the reply's headers, and in the text of an internal fault.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, str::FromStr, sync::Arc};
 
 use http::HeaderMap;
 use uuid::Uuid;
@@ -8,9 +8,9 @@ use uuid::Uuid;
 /// Names one call. It is on every log line of the call and in the reply's [`CallId::HEADER`], so that a user's report
 /// and the operator's log meet.
 ///
-/// A client may bring its own in the same header.
+/// A client may bring its own in the same header. Clones share their text.
 #[derive(Clone, PartialEq, Eq, Hash)]
-pub struct CallId(String);
+pub struct CallId(Arc<str>);
 
 impl CallId {
     /// The header, of requests and of replies.
@@ -20,7 +20,8 @@ impl CallId {
 
     /// A new random id.
     pub fn random() -> Self {
-        Self(Uuid::new_v4().simple().to_string())
+        let mut text = Uuid::encode_buffer();
+        Self(Arc::from(&*Uuid::new_v4().simple().encode_lower(&mut text)))
     }
 
     /// The id that the client brought, or a new one where it brought none or an unfit one.
@@ -61,7 +62,7 @@ impl FromStr for CallId {
     fn from_str(text: &str) -> Result<Self, NotACallId> {
         let fit = (1..=Self::MAX_BYTES).contains(&text.len())
             && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
-        if fit { Ok(Self(text.to_owned())) } else { Err(NotACallId) }
+        if fit { Ok(Self(text.into())) } else { Err(NotACallId) }
     }
 }
 

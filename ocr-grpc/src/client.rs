@@ -14,7 +14,7 @@ pub use crate::proto::{
     deputy_query_service_client::DeputyQueryServiceClient, feature_service_client::FeatureServiceClient,
     inject_service_client::InjectServiceClient, older, virtual_machine_service_client::VirtualMachineServiceClient,
 };
-pub use crate::v1::{installs_client::InstallsClient, machines_client::MachinesClient};
+pub use crate::v1::{installs_client::InstallsClient, machines_client::MachinesClient, queue_client::QueueClient};
 
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);

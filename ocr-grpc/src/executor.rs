@@ -1,8 +1,11 @@
 //! [`Features`], [`Injects`] and [`Conditions`]: the three services over the core's [`Executor`].
 
-use std::pin::Pin;
+use std::{
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
 
-use futures::{Stream, StreamExt as _, future};
+use futures::{Stream, StreamExt as _};
 use ocr_core::{
     Result as CoreResult,
     exec::{ConditionStream, ConditionValue, Executor, InstallKind, Installed},
@@ -10,9 +13,7 @@ use ocr_core::{
 use tonic::{Request, Response, Status};
 
 use crate::{
-    CallId, head,
-    latest::Latest,
-    parse,
+    CallId, head, parse,
     proto::{
         Condition, ConditionStreamResponse, ExecutorResponse, Feature, Identifier, Inject,
         condition_service_server::ConditionService, feature_service_server::FeatureService,
@@ -25,8 +26,15 @@ use crate::{
 /// both together and their frame stay below the message limit, so that no reply is lost for its size.
 pub const MAX_REPLY_OUTPUT_BYTES: usize = 1 << 20;
 
-/// The values of one condition, as they are sent.
-pub type ValueStream = Pin<Box<dyn Stream<Item = Result<ConditionStreamResponse, Status>> + Send>>;
+/// The values of one condition, as they are sent: finite ones only, and a status at the end. The core's own stream gives
+/// a slow reader the latest.
+///
+/// Nothing is kept beside that stream, so dropping this (the client went away) drops that, at once.
+#[derive(Debug)]
+pub struct ValueStream<S = ConditionStream> {
+    values: S,
+    call: CallId,
+}
 
 /// `FeatureService`. It translates; the executor decides.
 #[derive(Clone, Debug)]
@@ -74,7 +82,7 @@ impl Conditions {
         let call = CallId::given(&request);
         let watched = async { self.executor.watch(parse::install_id(request.get_ref())?).await };
         let values = watched.await.map_err(|error| status(&error, &call))?;
-        Ok(Response::new(value_stream(values, call)))
+        Ok(Response::new(ValueStream { values, call }))
     }
 
     async fn remove(&self, request: Request<Identifier>) -> Result<Response<()>, Status> {
@@ -174,17 +182,22 @@ fn cut(mut text: String) -> String {
     text
 }
 
-/// The core's values as they are sent: finite ones only, the newest where several wait, and a status at the end.
-///
-/// Nothing is kept beside the core's own stream, so dropping this (the client went away) drops that, at once.
-fn value_stream(values: ConditionStream, call: CallId) -> ValueStream {
-    let log = call.clone();
-    let finite = values.filter(move |item| future::ready(item.as_ref().map_or(true, |value| is_finite(value, &log))));
-    let newest = Latest::new(finite);
-    Box::pin(newest.map(move |item| {
-        let ConditionValue { condition, value, .. } = item.map_err(|error| status(&error, &call))?;
-        Ok(ConditionStreamResponse { response: condition.to_string(), command_return_value: value })
-    }))
+impl<S: Stream<Item = CoreResult<ConditionValue>> + Unpin> Stream for ValueStream<S> {
+    type Item = Result<ConditionStreamResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = &mut *self;
+        loop {
+            return Poll::Ready(match ready!(this.values.poll_next_unpin(cx)) {
+                None => None,
+                Some(Err(error)) => Some(Err(status(&error, &this.call))),
+                Some(Ok(value)) if !is_finite(&value, &this.call) => continue,
+                Some(Ok(ConditionValue { condition, value, .. })) => {
+                    Some(Ok(ConditionStreamResponse { response: condition.to_string(), command_return_value: value }))
+                }
+            });
+        }
+    }
 }
 
 /// A value that is not finite kills the client's own handler, silently and for good; it must never leave.
@@ -211,9 +224,12 @@ mod tests {
         Ok(ConditionValue { condition: InstallId::from_uuid(uuid::Uuid::nil()), value, lateness: Duration::ZERO })
     }
 
+    fn stream(items: Vec<CoreResult<ConditionValue>>) -> impl Stream<Item = Result<ConditionStreamResponse, Status>> {
+        ValueStream { values: stream::iter(items), call: CallId::random() }
+    }
+
     fn sent(items: Vec<CoreResult<ConditionValue>>) -> Vec<Result<f32, Code>> {
-        let stream = value_stream(Box::pin(stream::iter(items)), CallId::random());
-        let items = block_on(stream.collect::<Vec<_>>()).into_iter();
+        let items = block_on(stream(items).collect::<Vec<_>>()).into_iter();
         items.map(|item| item.map(|item| item.command_return_value).map_err(|status| status.code())).collect()
     }
 
@@ -227,9 +243,7 @@ mod tests {
 
     #[test]
     fn a_reply_names_its_condition() {
-        let items = vec![value(1.0)];
-        let mut stream = value_stream(Box::pin(stream::iter(items)), CallId::random());
-        let reply = block_on(stream.next()).unwrap().unwrap();
+        let reply = block_on(std::pin::pin!(stream(vec![value(1.0)])).next()).unwrap().unwrap();
         assert_eq!(reply.response, "00000000-0000-0000-0000-000000000000");
     }
 
@@ -246,9 +260,8 @@ mod tests {
     proptest! {
         #[test]
         fn only_finite_values_are_ever_sent(values in prop::collection::vec(any::<f32>(), 0..20)) {
-            let newest = values.iter().rev().find(|value| value.is_finite()).copied();
-            let sent = sent(values.into_iter().map(value).collect());
-            prop_assert_eq!(sent, newest.map(Ok).into_iter().collect::<Vec<_>>());
+            let finite: Vec<_> = values.iter().copied().filter(|value| value.is_finite()).map(Ok).collect();
+            prop_assert_eq!(sent(values.into_iter().map(value).collect()), finite);
         }
     }
 }

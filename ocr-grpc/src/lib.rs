@@ -18,16 +18,17 @@ pub mod executor;
 pub mod machiner;
 pub mod parse;
 pub mod proto;
+pub mod queue;
 pub mod server;
 pub mod v1;
 
 mod call;
-mod latest;
+mod codec;
 mod status;
 
 pub use call::{CallId, NotACallId};
 pub use proto::Generation;
-pub use server::{Bound, Limits, Readiness, Server, Stopped};
+pub use server::{Bound, Limits, Load, Readiness, Server, Stopped};
 pub use status::{DOMAIN, RETRY_DELAY, code, status};
 
 /// The first characters of a text that fit in `max_bytes`.

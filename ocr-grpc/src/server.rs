@@ -11,6 +11,7 @@
 //!                                                with UNAVAILABLE
 //! ```
 
+mod calls;
 mod dispatch;
 mod greeting;
 
@@ -24,7 +25,7 @@ use tokio::{
     task::JoinSet,
     time::Instant,
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::sync::CancellationToken;
 use tonic::{
     body::Body,
     codegen::Service,
@@ -44,8 +45,10 @@ use crate::{
         feature_service_server::FeatureServiceServer, inject_service_server::InjectServiceServer, older,
         virtual_machine_service_server::VirtualMachineServiceServer,
     },
-    v1::{self, installs_server::InstallsServer, machines_server::MachinesServer},
+    queue::Queue,
+    v1::{self, installs_server::InstallsServer, machines_server::MachinesServer, queue_server::QueueServer},
 };
+use calls::Calls;
 use dispatch::{Arriving, Dispatch};
 use greeting::Greeting;
 
@@ -65,8 +68,13 @@ pub struct Limits {
     pub max_message_bytes: usize,
     /// The most connections at once. A further one is closed at once.
     pub max_connections: usize,
-    /// The most calls at once on one connection, open streams included. A further one waits at the client.
+    /// The most calls at once on one connection, open streams included. A further one waits at the client, silently, so
+    /// this is far beyond what one client has: one that watches every condition of an exercise does it over one
+    /// connection.
     pub max_streams_per_connection: u32,
+    /// The most calls at once, open streams included. More are refused with RESOURCE_EXHAUSTED. An open stream takes
+    /// about 1.4 KiB.
+    pub max_calls: usize,
     /// The largest headers of one call, in bytes.
     pub max_header_list_bytes: u32,
     /// How long a peer may take to say that it speaks HTTP/2.
@@ -87,7 +95,8 @@ impl Default for Limits {
         Self {
             max_message_bytes: 4 << 20,
             max_connections: 512,
-            max_streams_per_connection: 256,
+            max_streams_per_connection: 1 << 16,
+            max_calls: 1 << 17,
             max_header_list_bytes: 16 << 10,
             max_arriving_bytes: 256 << 20,
             handshake_deadline: Duration::from_secs(10),
@@ -184,7 +193,8 @@ impl Server {
         self
     }
 
-    /// Serves `FeatureService`, `InjectService`, `ConditionService` and `ocr.v1.Installs` over this executor.
+    /// Serves `FeatureService`, `InjectService`, `ConditionService`, `ocr.v1.Installs` and `ocr.v1.Queue` over this
+    /// executor.
     pub fn executor(mut self, executor: Executor) -> Self {
         self.executor = Some(executor);
         self
@@ -227,7 +237,7 @@ impl Server {
             names.extend(["VirtualMachineService", "ocr.v1.Machines"]);
         }
         if self.executor.is_some() {
-            names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs"]);
+            names.extend(["FeatureService", "InjectService", "ConditionService", "ocr.v1.Installs", "ocr.v1.Queue"]);
         }
         if self.queries.is_some() {
             names.push("DeputyQueryService");
@@ -271,6 +281,8 @@ impl Server {
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = InstallsServer::new(v1::Installs::new(executor.clone()));
             routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
+            let service = QueueServer::new(Queue::new(executor.clone()));
+            routes.add_service(service.max_decoding_message_size(max).max_encoding_message_size(max));
             let service = Conditions::new(executor);
             match self.generation {
                 Generation::Newer => {
@@ -303,7 +315,8 @@ impl Server {
             let message = format!("the address {address:?} cannot be bound");
             Error::new(ErrorKind::Unavailable, message).during("server.bind").with_source(cause)
         })?;
-        Ok(Bound { limits, listener, local_address, routes: routes.routes().prepare(), readiness })
+        let calls = Calls::default();
+        Ok(Bound { limits, listener, local_address, routes: routes.routes().prepare(), readiness, calls })
     }
 }
 
@@ -352,6 +365,25 @@ pub struct Bound {
     local_address: SocketAddr,
     routes: Routes,
     readiness: Readiness,
+    calls: Calls,
+}
+
+/// Says how much a server has to do.
+#[derive(Clone, Debug)]
+pub struct Load {
+    calls: Calls,
+}
+
+impl Load {
+    /// Calls that are open now, streams included.
+    pub fn calls(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// Calls without an end of their own that are open now: condition streams, and watches of health and of the queue.
+    pub fn streams(&self) -> usize {
+        self.calls.open_ended()
+    }
 }
 
 /// How a server stopped.
@@ -374,18 +406,20 @@ impl Bound {
         self.readiness.clone()
     }
 
+    /// The handle that tells how much there is to do.
+    pub fn load(&self) -> Load {
+        Load { calls: self.calls.clone() }
+    }
+
     /// Serves until `stop`, then drains for at most `drain_deadline`, then closes what is left, whatever peers do.
     ///
     /// Dropping this closes everything at once.
     pub async fn serve(self, stop: impl Future<Output = ()> + Send, drain_deadline: Duration) -> Stopped {
-        let Self { limits, listener, local_address, routes, readiness } = self;
+        let Self { limits, listener, local_address, routes, readiness, calls } = self;
         tracing::info!(address = %local_address, "serving");
         let stopping = CancellationToken::new();
-        let kill = CancellationToken::new();
-        let _kill_at_drop = kill.clone().drop_guard();
-        let calls = TaskTracker::new();
-        let executor = CallTasks { tasks: calls.clone(), kill: kill.clone() };
-        let connection = Arc::new(Connection::new(limits, routes, executor, stopping.clone()));
+        let _kill_at_drop = KillAtDrop(calls.clone());
+        let connection = Arc::new(Connection::new(limits, routes, calls.clone(), stopping.clone()));
         let mut connections = JoinSet::new();
 
         accept(&listener, &limits, &connection, &mut connections, stop).await;
@@ -395,13 +429,13 @@ impl Bound {
         let end = Instant::now() + drain_deadline;
         readiness.set_ready(false).await;
         stopping.cancel();
-        calls.close();
+        calls.stop();
         let drain = async {
             loop {
                 calls.wait().await;
                 let farewell = tokio::time::timeout(FAREWELL, all_ended(&mut connections));
                 // A call may have come in before its peer heard that we stop; then wait again.
-                if farewell.await.is_ok() || calls.is_empty() {
+                if farewell.await.is_ok() || calls.len() == 0 {
                     break;
                 }
             }
@@ -409,7 +443,7 @@ impl Bound {
         let _ = tokio::time::timeout_at(end, drain).await;
         while connections.try_join_next().is_some() {}
         let stopped = Stopped { cut_calls: calls.len(), closed_connections: connections.len() };
-        kill.cancel();
+        calls.kill();
         connections.shutdown().await;
         calls.wait().await;
         tracing::info!(cut_calls = stopped.cut_calls, closed_connections = stopped.closed_connections, "stopped");
@@ -454,40 +488,33 @@ async fn accept(
     }
 }
 
-/// Owns the task of every call, so that a stop can wait for them and end them.
-#[derive(Clone)]
-struct CallTasks {
-    tasks: TaskTracker,
-    kill: CancellationToken,
-}
+struct KillAtDrop(Calls);
 
-impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for CallTasks {
-    fn execute(&self, call: F) {
-        let kill = self.kill.clone();
-        self.tasks.spawn(async move {
-            let _ = kill.run_until_cancelled(call).await;
-        });
+impl Drop for KillAtDrop {
+    fn drop(&mut self) {
+        self.0.kill();
     }
 }
 
 /// What all connections have in common.
 struct Connection {
     limits: Limits,
-    http: http2::Builder<CallTasks>,
+    http: http2::Builder<Calls>,
     routes: Routes,
+    calls: Calls,
     stopping: CancellationToken,
     arriving: Arc<Arriving>,
 }
 
 impl Connection {
-    fn new(limits: Limits, routes: Routes, executor: CallTasks, stopping: CancellationToken) -> Self {
-        let mut http = http2::Builder::new(executor);
+    fn new(limits: Limits, routes: Routes, calls: Calls, stopping: CancellationToken) -> Self {
+        let mut http = http2::Builder::new(calls.clone());
         http.timer(TokioTimer::new())
             .max_concurrent_streams(limits.max_streams_per_connection)
             .max_header_list_size(limits.max_header_list_bytes)
             .keep_alive_interval(limits.keepalive_interval)
             .keep_alive_timeout(limits.keepalive_timeout);
-        Self { limits, http, routes, stopping, arriving: Arriving::new(limits.max_arriving_bytes) }
+        Self { limits, http, routes, calls, stopping, arriving: Arriving::new(limits.max_arriving_bytes) }
     }
 
     async fn run(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
@@ -495,10 +522,11 @@ impl Connection {
         let (io, greeted) = Greeting::new(stream, self.limits.handshake_deadline);
         let dispatch = Dispatch {
             routes: self.routes.clone(),
-            stopping: self.stopping.clone(),
+            calls: self.calls.clone(),
+            max_calls: self.limits.max_calls,
             request_deadline: self.limits.request_deadline,
             arriving: Arc::clone(&self.arriving),
-            peer,
+            peer: Arc::new(peer),
         };
         let mut serving = std::pin::pin!(self.http.serve_connection(TokioIo::new(io), dispatch));
         let ended = tokio::select! {

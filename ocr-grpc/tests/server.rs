@@ -283,7 +283,55 @@ async fn the_limits_are_in_the_servers_settings() {
         )
     });
     let settings = settings.collect::<std::collections::BTreeMap<_, _>>();
-    assert_eq!((settings.get(&3), settings.get(&6)), (Some(&256), Some(&(16 << 10))), "{settings:?}");
+    assert_eq!((settings.get(&3), settings.get(&6)), (Some(&(1 << 16)), Some(&(16 << 10))), "{settings:?}");
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn thousands_of_streams_open_and_close_on_one_connection_and_calls_go_on_beside_them() {
+    const STREAMS: usize = 3000;
+    let held = Held::default();
+    let server = Running::start(Server::new().service(held.service()), LONG).await;
+    let client = ConditionServiceClient::new(server.channel().await);
+    for _ in 0..2 {
+        let mut streams = Vec::new();
+        for _ in 0..STREAMS {
+            streams.push(soon(client.clone().stream(Identifier::default())).await.unwrap());
+        }
+        assert_eq!((server.load.calls(), server.load.streams()), (STREAMS, STREAMS));
+        soon(client.clone().delete(Identifier::default())).await.unwrap();
+        drop(streams);
+        for _ in 0..STREAMS {
+            held.one_dropped().await;
+        }
+        soon(async {
+            while server.load.calls() > 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+        assert_eq!(server.load.streams(), 0);
+        soon(client.clone().delete(Identifier::default())).await.unwrap();
+    }
+    server.stopped().await;
+}
+
+#[tokio::test]
+async fn calls_over_the_limit_of_all_connections_together_are_refused() {
+    let held = Held::default();
+    let limits = Limits { max_calls: 2, ..Limits::default() };
+    let server = Running::start(Server::new().limits(limits).service(held.service()), LONG).await;
+    let mut first = ConditionServiceClient::new(server.channel().await);
+    let mut second = ConditionServiceClient::new(server.channel().await);
+    let stream = soon(first.stream(Identifier::default())).await.unwrap();
+    let _other = soon(second.stream(Identifier::default())).await.unwrap();
+    for client in [&mut first, &mut second] {
+        let status = soon(client.delete(Identifier::default())).await.unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        assert!(status.message().contains("open calls"), "{status:?}");
+    }
+    drop(stream);
+    soon(async { while first.delete(Identifier::default()).await.is_err() {} }).await;
     server.stopped().await;
 }
 

@@ -34,7 +34,7 @@ fn methods(generation: Generation) -> BTreeMap<String, (String, String, bool)> {
     methods
 }
 
-const METHODS: [(&str, &str, &str, bool); 20] = [
+const METHODS: [(&str, &str, &str, bool); 23] = [
     ("/Capability/GetCapabilities", ".google.protobuf.Empty", ".Capabilities", false),
     ("/ConditionService/create", ".Condition", ".ExecutorResponse", false),
     ("/ConditionService/delete", ".Identifier", ".google.protobuf.Empty", false),
@@ -55,6 +55,9 @@ const METHODS: [(&str, &str, &str, bool); 20] = [
     ("/ocr.v1.Machines/Get", ".ocr.v1.GetMachineRequest", ".ocr.v1.Machine", false),
     ("/ocr.v1.Machines/List", ".ocr.v1.ListMachinesRequest", ".ocr.v1.ListMachinesResponse", false),
     ("/ocr.v1.Machines/Reconcile", ".ocr.v1.ReconcileRequest", ".ocr.v1.ReconcileResponse", false),
+    ("/ocr.v1.Queue/Holder", ".ocr.v1.HolderRequest", ".ocr.v1.HolderResponse", false),
+    ("/ocr.v1.Queue/Snapshot", ".ocr.v1.SnapshotRequest", ".ocr.v1.QueueSnapshot", false),
+    ("/ocr.v1.Queue/Watch", ".ocr.v1.WatchQueueRequest", ".ocr.v1.QueueSnapshot", true),
 ];
 
 #[test]

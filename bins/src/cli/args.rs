@@ -44,6 +44,9 @@ pub enum Command {
     /// List packages, check that one exists, and show the text in one
     #[command(subcommand)]
     Package(PackagesCommand),
+    /// Show what the Executor's queue does, and why a machine is busy
+    #[command(subcommand)]
+    Queue(QueueCommand),
     /// End unfinished work, delete what no record owns, forget what is gone
     Reconcile,
     /// Run the conformance suite against a backend; it touches only what it makes and leaves nothing
@@ -54,6 +57,15 @@ pub enum Command {
     Key,
     /// Serve everything in one process, with the embedded store
     Serve(ServeArgs),
+    /// Forget a machine's pinned SSH host key, when it was changed on purpose; the server must be stopped
+    #[cfg(feature = "ssh")]
+    ForgetHostKey {
+        /// The machine's id
+        id: VmId,
+        /// File of the embedded store that the server keeps its records in
+        #[arg(long, value_name = "FILE")]
+        state: PathBuf,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -246,6 +258,38 @@ pub struct ConditionWatch {
     pub count: Option<u64>,
 }
 
+/// `ocr queue ...`
+#[derive(Debug, Subcommand)]
+pub enum QueueCommand {
+    /// Show a live table of machines and conditions, the latest first; q ends it
+    Top(QueueTop),
+    /// Tell what has a machine, and since when
+    Holder {
+        /// The machine's id
+        vm: VmId,
+    },
+}
+
+/// `ocr queue top`
+#[derive(Debug, Args)]
+pub struct QueueTop {
+    /// Show it once, as plain lines
+    #[arg(long)]
+    pub once: bool,
+    /// From one look to the next, such as 500ms or 5s; at least 100ms
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "1s")]
+    pub interval: Duration,
+    /// How many machines and conditions at most, of each; at most 1000
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub top: u32,
+    /// Only this machine
+    #[arg(long)]
+    pub vm: Option<VmId>,
+    /// End after so many looks
+    #[arg(long, conflicts_with = "once")]
+    pub count: Option<u64>,
+}
+
 /// `ocr conform`
 #[derive(Debug, Args)]
 pub struct ConformArgs {
@@ -292,6 +336,9 @@ pub struct ServeArgs {
     /// Folder that keeps what came from the registry
     #[arg(long, value_name = "FOLDER", requires = "registry")]
     pub registry_cache: Option<PathBuf>,
+    /// Address of the metrics page, such as 127.0.0.1:9100; without it there is none
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<std::net::SocketAddr>,
     /// File of the embedded store; without it records are lost at the end
     #[arg(long, value_name = "FILE")]
     pub state: Option<PathBuf>,

@@ -123,8 +123,8 @@ impl Stage {
             BackendKind::Memory => {
                 let listen = ([127, 0, 0, 1], 0).into();
                 let packages = Packages::Folder(packages.to_owned());
-                let serving =
-                    serve::start(backends.clone(), &backend, listen, &packages, None, SecretStorage::Memory).await?;
+                let (keep, none) = (SecretStorage::Memory, None);
+                let serving = serve::start(backends.clone(), &backend, listen, &packages, None, keep, none).await?;
                 let address = serving.address().to_string();
                 (Servers::InProcess(serving), address.clone(), address)
             }

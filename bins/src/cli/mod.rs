@@ -8,6 +8,8 @@ mod demo;
 mod install;
 mod output;
 mod package;
+mod queue;
+mod screen;
 mod serve;
 mod vm;
 
@@ -46,6 +48,7 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
         Command::Inject(command) => install::run(&cli, install::Kind::Inject, command, output).await?,
         Command::Condition(command) => condition::run(&cli, command, output).await?,
         Command::Package(command) => package::run(&cli, command, output).await?,
+        Command::Queue(command) => queue::run(&cli, command, output).await?,
         Command::Reconcile => vm::reconcile(&cli, output).await?,
         Command::Conform(args) => return conform::run(args, output).await,
         Command::Demo(args) => return demo::run(args, output).await,
@@ -56,6 +59,20 @@ async fn run(cli: Cli, output: &Output) -> Result<ExitCode, Failure> {
             output.result(format_args!("{text}"), &serde_json::json!({ "key": text, "id": key.id() }));
         }
         Command::Serve(args) => serve::run(args, output).await?,
+        #[cfg(feature = "ssh")]
+        Command::ForgetHostKey { id, state } => {
+            // Opening would make a store where there is none.
+            if !state.is_file() {
+                return Err(Failure::new(format!("{}: there is no such file", state.display())));
+            }
+            let store = crate::service::open_store(&crate::settings::Store::Embedded(state.clone()))?;
+            let forgotten = ocr_core::ssh::HostKeys::new(store).forget(*id).await?;
+            let said = match forgotten {
+                ocr_core::Deletion::Deleted => "forgotten; the next contact pins the key that it finds",
+                ocr_core::Deletion::AlreadyGone => "there was no key of this machine",
+            };
+            output.line(format_args!("{said}"));
+        }
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "ocr", &mut std::io::stdout());
         }

@@ -18,11 +18,14 @@ use super::{
 use crate::{
     backends::Backends,
     logging,
+    metrics::MetricsSettings,
     service::{ExecutorParts, Service, open_packages, open_shared, stop_on_signals, wait_for_backend},
     settings::{LogSettings, Packages, Store, read_key_file},
 };
 
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(60);
+/// As METRICS_TOP's default.
+const METRICS_TOP: usize = 100;
 const GRACE: Duration = Duration::from_secs(25);
 
 /// Serves until SIGTERM or SIGINT.
@@ -35,12 +38,14 @@ pub(crate) async fn run(args: &ServeArgs, output: &Output) -> Result<(), Failure
         (None, Some(url), Some(cache)) => Packages::Registry(Box::new(registry::Config::new(url, cache))),
         (folder, ..) => Packages::Folder(folder.clone().unwrap_or_default()),
     };
+    let metrics = args.metrics.map(|address| MetricsSettings { address, top: METRICS_TOP });
     let secrets = match (&args.state_key_file, &args.state) {
         (Some(path), _) => SecretStorage::Sealed(Arc::new(read_key_file(path).map_err(Failure::new)?)),
         (None, None) => SecretStorage::Memory,
         (None, Some(_)) => SecretStorage::Refuse,
     };
-    let serving = start(backends, &args.backend, args.listen, &packages, args.state.as_deref(), secrets).await?;
+    let state = args.state.as_deref();
+    let serving = start(backends, &args.backend, args.listen, &packages, state, secrets, metrics).await?;
     output.result(
         format_args!("ocr listening on {}", serving.address()),
         &serde_json::json!({ "address": serving.address().to_string() }),
@@ -84,6 +89,7 @@ pub(crate) async fn start(
     packages: &Packages,
     state: Option<&Path>,
     secrets: SecretStorage,
+    metrics: Option<MetricsSettings>,
 ) -> Result<Serving, Failure> {
     let shared = open_shared(&state.map_or(Store::Memory, |path| Store::Embedded(path.to_owned())))?;
     let deploy = DeployConfig { ready_deadline: args.ready_timeout, ..DeployConfig::new(args.owner.clone()) };
@@ -99,7 +105,8 @@ pub(crate) async fn start(
         .with_deployer(&backends, shared.store.clone(), deploy)
         .with_executor(&backends, shared, packages, parts)?;
     let bound = service.bind(listen, Generation::Newer, true).await?;
+    let metrics = service.bind_metrics(metrics, &bound).await?;
     let (address, stop) = (bound.local_addr(), CancellationToken::new());
-    let task = tokio::spawn(service.run(bound, RECONCILE_INTERVAL, GRACE, stop.clone()));
+    let task = tokio::spawn(service.run(bound, metrics, RECONCILE_INTERVAL, GRACE, stop.clone()));
     Ok(Serving { address, stop, task })
 }

@@ -2,17 +2,19 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
+    fmt,
     sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
-use futures::{FutureExt, stream};
-use tokio::{sync::watch, time::Instant};
+use futures::FutureExt;
+use tokio::time::Instant;
 
 use super::{
-    ConditionStatus, ConditionStream, ConditionValue, Inner, InstallKind, lock,
+    ConditionStatus, ConditionStream, Inner, InstallKind, lock,
     output::cut_for_error,
     record::{Record, Stage},
+    stream::Channel,
     turns::{gone, is_elsewhere},
     value::parse_value,
 };
@@ -86,20 +88,20 @@ impl Runners {
 /// What a runner and its runs share. A run may outlive the runner.
 #[derive(Debug)]
 struct Shared {
-    record: Record,
-    line: String,
-    environment: BTreeMap<String, String>,
+    record: Kept,
+    line: Box<str>,
     interval: Duration,
-    deadline: Duration,
-    signal: watch::Sender<Signal>,
+    channel: Channel,
     status: Mutex<Status>,
 }
 
-/// The latest, for all streams.
-#[derive(Clone, Copy, Debug, Default)]
-struct Signal {
-    value: Option<ConditionValue>,
-    ended: Option<Ended>,
+/// What runs need of a record. There may be tens of thousands, so it is no more than that.
+struct Kept {
+    id: InstallId,
+    vm: VmId,
+    name: Box<str>,
+    user: Option<Box<str>>,
+    environment: BTreeMap<String, String>,
 }
 
 /// Why a watch ends.
@@ -114,7 +116,8 @@ pub(super) enum Ended {
 struct Status {
     runs: u64,
     value: Option<(f32, Instant)>,
-    fault: Option<Fault>,
+    /// Boxed: most have none.
+    fault: Option<Box<Fault>>,
     faults: u64,
     lateness: Duration,
 }
@@ -142,25 +145,10 @@ impl Inner {
         // Before the runner: it is this that brings the machine here, or its values.
         let watch = self.fleet.as_ref().map(|fleet| fleet.watch(record.vm, id));
         let runner = self.runner(record)?;
-        let values = runner.shared.signal.subscribe();
+        let stream = ConditionStream::new(runner, watch);
         // A removal drops the record first and ends the runner then, so one of both is seen here.
         self.condition(id).await?;
-        Ok(Box::pin(stream::unfold(Some((runner, values, watch)), |state| async move {
-            let (runner, mut values, watch) = state?;
-            loop {
-                // The end is looked for before the wait: it may have come before this stream was there.
-                let ended = values.borrow().ended;
-                if let Some(ended) = ended {
-                    return Some((Err(runner.shared.end_error(ended)), None));
-                }
-                // The sender is in the runner, and the runner in this very stream, so it is never closed.
-                values.changed().await.ok()?;
-                let signal = *values.borrow_and_update();
-                if let (Some(value), None) = (signal.value, signal.ended) {
-                    return Some((Ok(value), Some((runner, values, watch))));
-                }
-            }
-        })))
+        Ok(stream)
     }
 
     async fn condition(&self, id: InstallId) -> Result<Record> {
@@ -185,19 +173,18 @@ impl Inner {
             runner.engage()?;
             return Ok(runner);
         }
-        let Some(probe) = record.probe.clone() else {
-            return Err(Error::internal("a condition without a command").on(format!("condition {}", record.id)));
+        let environment = record.secrets.environment()?.clone();
+        let Record { id, vm, name, user, probe, .. } = record;
+        let Some(probe) = probe else {
+            return Err(Error::internal("a condition without a command").on(format!("condition {id}")));
         };
         let interval = probe.interval();
-        let environment = record.secrets.environment()?.clone();
         let shared = Arc::new(Shared {
-            line: probe.line,
-            environment,
+            line: probe.line.into(),
             interval,
-            deadline: self.config.action_deadline,
-            signal: watch::Sender::new(Signal::default()),
+            channel: Channel::default(),
             status: Mutex::default(),
-            record,
+            record: Kept { id, vm, name: name.into(), user: user.map(Into::into), environment },
         });
         let runner = Arc::new(Runner { shared, inner: self.clone(), periodic: Mutex::default() });
         runners.insert(&runner);
@@ -226,25 +213,26 @@ impl Inner {
                 fleet.report(RunReport { vm, condition: id, value, lateness: tick.lateness });
             }
         };
-        let error = match self.guest.exec(vm, &shared.request(&self.guest.capabilities())).await {
-            Ok(output) => {
-                match read(&output) {
-                    Ok(value) => {
-                        shared.succeed(value, tick.lateness);
-                        report(Some(value));
+        let error =
+            match self.guest.exec(vm, &shared.request(self.config.action_deadline, &self.guest.capabilities())).await {
+                Ok(output) => {
+                    match read(&output) {
+                        Ok(value) => {
+                            shared.succeed(value, tick.lateness);
+                            report(Some(value));
+                        }
+                        Err(fault) => {
+                            shared.fail(fault);
+                            report(None);
+                            self.look_up_after_faults(shared, None).await;
+                        }
                     }
-                    Err(fault) => {
-                        shared.fail(fault);
-                        report(None);
-                        self.look_up_after_faults(shared, None).await;
-                    }
+                    return Ok(());
                 }
-                return Ok(());
-            }
-            // Nothing is known of the guest: the stream holds until the machine has an owner again.
-            Err(error) if is_elsewhere(&error) => return Ok(()),
-            Err(error) => error,
-        };
+                // Nothing is known of the guest: the stream holds until the machine has an owner again.
+                Err(error) if is_elsewhere(&error) => return Ok(()),
+                Err(error) => error,
+            };
         report(None);
         shared
             .fail(Fault { class: FaultClass::Refused(error.kind(), error.reason()), text: error.message().to_owned() });
@@ -317,7 +305,7 @@ impl Inner {
     }
 
     pub(super) fn condition_statuses(&self) -> Vec<ConditionStatus> {
-        let mut statuses: Vec<_> = self.watched().iter().map(|runner| runner.shared.public()).collect();
+        let mut statuses: Vec<_> = self.watched().iter().map(|runner| runner.status()).collect();
         statuses.sort_by_key(|status| status.id);
         statuses
     }
@@ -335,11 +323,11 @@ impl Runner {
         let (id, vm) = (shared.record.id, shared.record.vm);
         let mut periodic = lock(&self.periodic);
         let ours = inner.fleet.as_ref().is_none_or(|fleet| fleet.is_ours(vm));
-        if !ours || shared.signal.borrow().ended.is_some() {
+        if !ours || shared.channel.has_ended() {
             drop(periodic.take());
         } else if periodic.is_none() {
             let last_run = inner.fleet.as_ref().and_then(|fleet| fleet.last_run(id));
-            let limit = shared.deadline.saturating_add(TURN_MARGIN);
+            let limit = inner.config.action_deadline.saturating_add(TURN_MARGIN);
             let next = last_run.map(|began| began + shared.interval);
             let (inner, run) = (Arc::downgrade(inner), Arc::clone(shared));
             *periodic = Some(self.inner.scheduler.every_from(
@@ -367,6 +355,26 @@ impl Runner {
         self.shared.record.id
     }
 
+    pub(super) fn channel(&self) -> &Channel {
+        &self.shared.channel
+    }
+
+    pub(super) fn end_error(&self, ended: Ended) -> Error {
+        self.shared.end_error(ended)
+    }
+
+    /// The queue knows when it ran, and this what came of it.
+    fn status(&self) -> ConditionStatus {
+        let queued = lock(&self.periodic).as_ref().and_then(Periodic::status);
+        let mut status = self.shared.public();
+        if let Some(queued) = queued {
+            status.interval_got = queued.interval_got;
+            status.skipped = queued.skipped;
+            status.lateness_quantiles = queued.lateness;
+        }
+        status
+    }
+
     pub(super) fn vm(&self) -> VmId {
         self.shared.record.vm
     }
@@ -379,9 +387,7 @@ impl Runner {
 
     fn end(&self, ended: Ended) {
         let mut periodic = lock(&self.periodic);
-        self.shared.signal.send_modify(|signal| {
-            signal.ended.get_or_insert(ended);
-        });
+        self.shared.channel.end(ended);
         // Its queued run leaves the queue with it.
         let periodic = periodic.take();
         drop(periodic);
@@ -399,14 +405,20 @@ impl Drop for Runner {
     }
 }
 
+impl fmt::Debug for Kept {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Kept").field("id", &self.id).field("vm", &self.vm).finish_non_exhaustive()
+    }
+}
+
 impl Shared {
-    fn request(&self, guest: &GuestCapabilities) -> ExecRequest {
+    fn request(&self, deadline: Duration, guest: &GuestCapabilities) -> ExecRequest {
         ExecRequest {
-            user: self.record.user.clone(),
-            environment: self.environment.clone(),
-            deadline: self.deadline,
+            user: self.record.user.as_deref().map(str::to_owned),
+            environment: self.record.environment.clone(),
+            deadline,
             output_limit_bytes: FETCHED_BYTES.min(guest.max_output_bytes),
-            ..ExecRequest::shell(self.line.clone())
+            ..ExecRequest::shell(&*self.line)
         }
     }
 
@@ -426,7 +438,7 @@ impl Shared {
                 tracing::info!(%id, %vm, value, "a condition gives values again");
             }
         }
-        self.signal.send_modify(|signal| signal.value = Some(ConditionValue { condition: id, value, lateness }));
+        self.channel.publish(value, lateness);
     }
 
     fn fail(&self, fault: Fault) {
@@ -437,23 +449,26 @@ impl Shared {
             // Not the text: it may repeat what the guest wrote.
             tracing::warn!(%id, %vm, fault = ?fault.class, "a condition gives no value");
         }
-        status.fault = Some(fault);
+        status.fault = Some(Box::new(fault));
     }
 
     fn public(&self) -> ConditionStatus {
         let status = lock(&self.status);
         ConditionStatus {
             id: self.record.id,
-            name: self.record.name.clone(),
+            name: self.record.name.to_string(),
             vm: self.record.vm,
             interval: self.interval,
-            watchers: self.signal.receiver_count(),
+            interval_got: None,
+            watchers: self.channel.streams(),
             runs: status.runs,
             last_value: status.value.map(|(value, _)| value),
             last_value_age: status.value.map(|(_, at)| at.elapsed()),
             fault: status.fault.as_ref().map(|fault| fault.text.clone()),
             consecutive_faults: status.faults,
+            skipped: 0,
             lateness: status.lateness,
+            lateness_quantiles: None,
         }
     }
 

@@ -3,9 +3,10 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
 use crate::{
     VmId,
@@ -20,8 +21,15 @@ use crate::{
 /// still runs, so there is no gap.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Holds {
-    held: Arc<Mutex<HashMap<VmId, watch::Sender<()>>>>,
+    held: Arc<Mutex<HashMap<VmId, Holding>>>,
     fleet: Option<Fleet>,
+}
+
+#[derive(Debug)]
+struct Holding {
+    /// Dropped when the machine is let go.
+    released: watch::Sender<()>,
+    since: Instant,
 }
 
 /// A machine is held until this is dropped.
@@ -46,9 +54,9 @@ impl Holds {
     pub(super) fn take(&self, vm: VmId) -> Result<Hold, Held> {
         let mut held = self.lock();
         match held.get(&vm) {
-            Some(sender) => Err(Held(sender.subscribe())),
+            Some(holding) => Err(Held(holding.released.subscribe())),
             None => {
-                held.insert(vm, watch::Sender::new(()));
+                held.insert(vm, Holding { released: watch::Sender::new(()), since: Instant::now() });
                 Ok(Hold { holds: self.clone(), vm, _pin: self.fleet.as_ref().map(|fleet| fleet.pin(vm)) })
             }
         }
@@ -58,7 +66,12 @@ impl Holds {
         self.lock().contains_key(&vm)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, watch::Sender<()>>> {
+    /// For how long a machine has been held.
+    pub(super) fn held_for(&self, vm: VmId) -> Option<Duration> {
+        self.lock().get(&vm).map(|holding| holding.since.elapsed())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Holding>> {
         // The map is whole between any two of its operations, so a panic elsewhere does not spoil it.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -82,12 +95,14 @@ impl Held {
 mod tests {
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_held_machine_is_free_again_when_the_hold_is_dropped() {
         let holds = Holds::default();
         let vm = VmId::random();
         let hold = holds.take(vm).unwrap();
         let held = holds.take(vm).unwrap_err();
+        tokio::time::advance(Duration::from_secs(5)).await;
+        assert_eq!((holds.held_for(vm), holds.held_for(VmId::random())), (Some(Duration::from_secs(5)), None));
         assert!(holds.is_held(vm) && !holds.is_held(VmId::random()));
         let waiting = tokio::spawn(held.released());
         tokio::task::yield_now().await;

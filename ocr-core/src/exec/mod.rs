@@ -20,6 +20,7 @@
 //! [`SecretStorage`] says what becomes of it. The environment of features and injects is not kept, and so their delete
 //! action runs without it. Passwords and private keys are never kept, and never reach the guest: its agent becomes the
 //! account's user by name.
+//! Where guests are logged in to instead, [`Executor::with_credentials`] hands both on, and still keeps neither.
 //!
 //! # What is not undone
 //! Folders that were made for assets, a file of the guest's that an asset replaced, and whatever an action did.
@@ -71,12 +72,10 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt,
     future::Future,
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
 };
 
-use futures::Stream;
 use secrecy::SecretString;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -91,9 +90,10 @@ use self::{
 };
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
+    credentials::{CredentialSink, Credentials},
     fleet::{Fleet, Gone, Guarded, Listener},
     package::PackageSource,
-    queue::scheduler::Scheduler,
+    queue::{LatenessQuantiles, QueueSnapshot, Scheduler},
 };
 
 mod condition;
@@ -108,11 +108,14 @@ mod recover;
 mod remove;
 mod request;
 mod secrets;
+mod stream;
 mod turns;
 mod value;
 
 #[cfg(test)]
 mod tests;
+
+pub use self::stream::ConditionStream;
 
 /// How long a package may take to be fetched.
 const FETCH_DEADLINE: Duration = Duration::from_secs(600);
@@ -267,9 +270,6 @@ pub struct ConditionValue {
     pub lateness: Duration,
 }
 
-/// Values of one condition until it or its machine is gone (`NotFound`). Dropping it frees its place at once.
-pub type ConditionStream = Pin<Box<dyn Stream<Item = Result<ConditionValue>> + Send>>;
-
 /// What is installed, as the store knows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InstallRecord {
@@ -298,6 +298,8 @@ pub struct ConditionStatus {
     pub vm: VmId,
     /// From one planned run to the next.
     pub interval: Duration,
+    /// From one run to the next, as it was: averaged over the last eight or so; none before the third run.
+    pub interval_got: Option<Duration>,
     /// How many streams there are.
     pub watchers: usize,
     /// How often its turn came.
@@ -310,8 +312,30 @@ pub struct ConditionStatus {
     pub fault: Option<String>,
     /// How many runs in a row gave none.
     pub consecutive_faults: u64,
+    /// How many runs were skipped because their time passed while it waited or ran.
+    pub skipped: u64,
     /// How much later than planned the latest run began.
     pub lateness: Duration,
+    /// The same of the latest few thousand runs; none before the second.
+    pub lateness_quantiles: Option<LatenessQuantiles>,
+}
+
+impl ConditionStatus {
+    /// How late it is now: the 99th percentile of its lateness, or by how much its next value is overdue where that is
+    /// more. One that waits for its turn, or gives no values, is late long before a run says so.
+    pub fn late_now(&self) -> Duration {
+        let overdue = self.last_value_age.map_or(Duration::ZERO, |age| age.saturating_sub(self.interval));
+        overdue.max(self.lateness_quantiles.map_or(self.lateness, |lateness| lateness.p99))
+    }
+}
+
+/// Why a machine is busy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// What has it, such as `install <id>` or `condition <id>`.
+    pub what: String,
+    /// For how long.
+    pub held_for: Duration,
 }
 
 /// What [`Executor::recover`] did.
@@ -338,6 +362,8 @@ struct Inner {
     records: Records,
     config: Config,
     holds: Holds,
+    /// Is told the accounts of requests, for guests that are logged in to.
+    credentials: Option<Arc<dyn CredentialSink>>,
     /// Installs that this process works on now; a recovery leaves them alone.
     active: Mutex<HashSet<InstallId>>,
     runners: Mutex<Runners>,
@@ -351,6 +377,16 @@ struct Inner {
 impl Executor {
     /// Makes an executor. [`Executor::recover`] should run before it serves.
     pub fn new(parts: Parts, config: Config) -> Self {
+        Self::build(parts, config, None)
+    }
+
+    /// Likewise for guests that are logged in to: passwords and private keys of requests' accounts go to `credentials`
+    /// before the first command.
+    pub fn with_credentials(parts: Parts, config: Config, credentials: Arc<dyn CredentialSink>) -> Self {
+        Self::build(parts, config, Some(credentials))
+    }
+
+    fn build(parts: Parts, config: Config, credentials: Option<Arc<dyn CredentialSink>>) -> Self {
         let Parts { guest, compute, store, packages, scheduler, secrets, fleet } = parts;
         let (guest, compute): (Arc<dyn GuestExec>, Arc<dyn ComputeBackend>) = match &fleet {
             Some(fleet) => {
@@ -366,6 +402,7 @@ impl Executor {
             records: Records::new(store, secrets, fleet.clone()),
             config,
             holds: Holds::within(fleet.clone()),
+            credentials,
             active: Mutex::default(),
             runners: Mutex::default(),
             followed: Mutex::default(),
@@ -395,7 +432,7 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let InstallRequest { kind, name, vm, package, account, environment } = request;
             let mut record = Record::new(kind, name, vm);
-            record.user = user(account);
+            record.user = inner.user(vm, account).await?;
             let plan = inner.plan(&mut record, &package, &caller).await?;
             inner.install(record, Plan { environment, ..plan }, caller).await
         })
@@ -413,7 +450,7 @@ impl Executor {
         self.own(move |inner, caller| async move {
             let ConditionRequest { name, vm, account, probe, environment } = request;
             let mut record = Record::new(InstallKind::Condition, name, vm);
-            record.user = user(account);
+            record.user = inner.user(vm, account).await?;
             record.secrets = Secrets::of_environment(environment);
             inner.records.check(&record)?;
             let plan = match probe {
@@ -499,6 +536,22 @@ impl Executor {
     /// How the conditions are doing that are watched now, in the order of their ids.
     pub fn conditions(&self) -> Vec<ConditionStatus> {
         self.inner.condition_statuses()
+    }
+
+    /// Why a machine is busy: the operation that runs there, or the install that keeps it while it waits, mostly for a
+    /// reboot. None when it is free.
+    pub fn holder(&self, vm: VmId) -> Option<Holder> {
+        let running = self.inner.scheduler.holder(vm);
+        // A hold outlives its runs and says less: the run goes first.
+        running.map(|running| Holder { what: running.what, held_for: running.running_for }).or_else(|| {
+            let held_for = self.inner.holds.held_for(vm)?;
+            Some(Holder { what: "an install that waits for its guest, as after a reboot".to_owned(), held_for })
+        })
+    }
+
+    /// What the queue holds now; see [`Scheduler::snapshot`] for what that costs.
+    pub fn queue(&self) -> QueueSnapshot {
+        self.inner.scheduler.snapshot()
     }
 
     /// Drops all records of a machine that was deleted and ends its watches. Touches no guest; a repeat changes nothing.
@@ -593,6 +646,12 @@ impl Inner {
                 Deletion::AlreadyGone => Removed::Absent,
             }
         };
+        if removed == Removed::Forgotten
+            && let Some(sink) = &self.credentials
+            && let Err(error) = sink.forget(stored.record.vm).await
+        {
+            tracing::warn!(vm = %stored.record.vm, %error, "the credentials of a machine that is gone are still kept");
+        }
         self.end_watch(
             id,
             match removed {
@@ -608,6 +667,21 @@ impl Inner {
             Removed::Absent => Deletion::AlreadyGone,
             Removed::Done | Removed::Forgotten | Removed::Kept => Deletion::Deleted,
         })
+    }
+
+    /// The user that actions run as. What opens its account is handed on and kept nowhere here.
+    async fn user(&self, vm: VmId, account: Account) -> Result<Option<String>> {
+        let Account { username, password, private_key } = account;
+        if username.is_empty() {
+            return Ok(None);
+        }
+        if let Some(sink) = &self.credentials {
+            let credentials = Credentials::of(username.as_str()).with_password(password).with_private_key(private_key);
+            if credentials.has_secret() {
+                sink.remember(vm, credentials).await?;
+            }
+        }
+        Ok(Some(username))
     }
 
     fn activate(&self, id: InstallId) -> Active<'_> {
@@ -630,10 +704,6 @@ impl Drop for Active<'_> {
     fn drop(&mut self) {
         lock(&self.inner.active).remove(&self.id);
     }
-}
-
-fn user(account: Account) -> Option<String> {
-    Some(account.username).filter(|name| !name.is_empty())
 }
 
 fn shutting_down() -> Error {

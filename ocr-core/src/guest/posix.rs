@@ -18,7 +18,13 @@
 mod bundle;
 mod runner;
 
-use std::{collections::HashSet, fmt, sync::Mutex, time::Duration};
+use std::{
+    collections::HashSet,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    sync::Mutex,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -89,6 +95,8 @@ pub struct PosixRun<'a> {
     pub stdin: &'a [u8],
     /// How long its end is waited for.
     pub until: Instant,
+    /// Runs of one kind in one guest are likely to take about as long: for links that have to ask for the end.
+    pub kind: u64,
 }
 
 impl fmt::Debug for PosixRun<'_> {
@@ -181,13 +189,16 @@ struct Job {
     vm: VmId,
     script: Script,
     until: Instant,
+    kind: u64,
     /// When the first attempt was sent of those that may have reached the guest.
     asked: Option<Instant>,
 }
 
 impl Job {
-    fn new(vm: VmId, script: Script, until: Instant) -> Self {
-        Self { vm, script, until, asked: None }
+    fn new(vm: VmId, script: Script, until: Instant, kind: impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (script.name, kind).hash(&mut hasher);
+        Self { vm, script, until, kind: hasher.finish(), asked: None }
     }
 }
 
@@ -220,6 +231,7 @@ impl<L: PosixLink> PosixGuest<L> {
                 arguments: &arguments,
                 stdin: input,
                 until: job.until,
+                kind: job.kind,
             };
             let sent = Instant::now();
             let ended = self.link.run(job.vm, &run).await;
@@ -259,21 +271,24 @@ impl<L: PosixLink> PosixGuest<L> {
             return Ok(None);
         }
         let path = format!("{}/in/{}", self.config.base, OperationId::random());
-        match self.link.write(vm, &path, parts, until).await {
+        let written = match self.link.write(vm, &path, parts, until).await {
             Err(error) if error.kind() == ErrorKind::NotFound && error.reason().is_none() => {
                 let arguments = |_| vec!["stage".to_owned(), self.config.base.clone()];
-                let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
+                let reply = self.runner(&mut Job::new(vm, FILE, until, "stage"), arguments, &[]).await?;
                 match reply.state() {
                     "differ" => {}
                     "fail" => return Err(reply.failure()),
                     _ => return Err(reply.senseless()),
                 }
-                self.link.write(vm, &path, parts, until).await?;
+                self.link.write(vm, &path, parts, until).await
             }
-            result => result?,
+            result => result,
+        };
+        if written.is_err() {
+            // What stays all the same is swept by its age.
+            let _gone = self.remove_inner(vm, &RemoveFiles::new([path.as_str()])).await;
         }
-        // What is left of one that failed is swept by its age.
-        Ok(Some(path))
+        written.map(|()| Some(path))
     }
 
     fn until(&self, bytes: u64) -> Instant {
@@ -348,7 +363,7 @@ impl<L: PosixLink> PosixGuest<L> {
                 arguments.extend([list.head_bytes.to_string(), list.bytes.len().to_string()]);
                 arguments
             };
-            let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &list.bytes).await?;
+            let reply = self.runner(&mut Job::new(vm, FILE, until, "check"), arguments, &list.bytes).await?;
             match reply.state() {
                 "same" => return Ok(()),
                 "differ" if stream.packed && reply.text() != "gzip" => {
@@ -400,7 +415,9 @@ impl<L: PosixLink> PosixGuest<L> {
             arguments
         };
         let input = if staged.is_some() { Vec::new() } else { stream.parts.concat() };
-        self.runner(&mut Job::new(vm, FILE, until), arguments, &input).await
+        // What it takes goes by the bytes, roughly.
+        let kind = ("put", stream.bytes().next_power_of_two());
+        self.runner(&mut Job::new(vm, FILE, until, kind), arguments, &input).await
     }
 
     async fn get_inner(&self, vm: VmId, path: &str, limit_bytes: u64) -> Result<Bytes> {
@@ -411,7 +428,7 @@ impl<L: PosixLink> PosixGuest<L> {
             let numbers = [limit_bytes.to_string(), self.inline_bytes().to_string()];
             [vec!["get".to_owned(), self.config.base.clone(), path.to_owned()], numbers.into()].concat()
         };
-        let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, &[]).await?;
+        let reply = self.runner(&mut Job::new(vm, FILE, until, "get"), arguments, &[]).await?;
         match reply.state() {
             "file" if reply.body.len() as u64 == reply.number(0)? => Ok(reply.body),
             "file" => Err(Error::unavailable("the file became shorter while it was read")),
@@ -438,7 +455,7 @@ impl<L: PosixLink> PosixGuest<L> {
             let mut tries = 0;
             let reply = loop {
                 let arguments = |_| self.work("remove", &id, &fence);
-                let reply = self.runner(&mut Job::new(vm, FILE, until), arguments, text.as_bytes()).await?;
+                let reply = self.runner(&mut Job::new(vm, FILE, until, "remove"), arguments, text.as_bytes()).await?;
                 tries += 1;
                 if reply.state() != "again" || tries == MAX_TRIES || Instant::now() >= until {
                     break reply;
@@ -486,7 +503,7 @@ impl<L: PosixLink> PosixGuest<L> {
 
         let mut progress = request.progress.as_ref().map(|sender| Progress::new(sender, &files, limit));
         let run = async {
-            let mut job = Job::new(vm, RUN, until);
+            let mut job = Job::new(vm, RUN, until, (&request.command, &request.user));
             loop {
                 let staged = self.bring(vm, &[input.staged()], until).await?;
                 let arguments = |since: Duration| {

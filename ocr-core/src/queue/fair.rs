@@ -38,13 +38,16 @@
 //! # Cost
 //! Every call is O(log n), amortised. Entries of cancelled operations stay in the heaps until they come up, or
 //! until they are the greater part, and are told apart by generation numbers: a heap is never more than about
-//! twice as long as what lives in it.
+//! twice as long as what lives in it. What waits for its tick is in a timing wheel (`wheel.rs`), where it costs the same
+//! however many there are. An operation takes 56 bytes, and 16 more while it is a re-run that is ready.
 
 use std::{
-    cmp::{Ordering, Reverse},
+    cmp::Ordering,
     collections::{BTreeSet, BinaryHeap, HashMap, VecDeque},
+    num::NonZeroU64,
 };
 
+use super::wheel::{Links, NONE, Timed, Wheel};
 use crate::VmId;
 
 #[cfg(test)]
@@ -66,7 +69,7 @@ pub struct Limits {
     pub max_running: usize,
     /// Operations that one machine may hold besides the one that runs.
     pub max_per_vm: usize,
-    /// Operations in all, at most `u32::MAX`.
+    /// Operations in all, at most 2,147,483,647.
     pub max_total: usize,
 }
 
@@ -108,6 +111,8 @@ pub struct Start {
     pub planned_us: u64,
     /// Ticks skipped between the run before and this one.
     pub skipped: u64,
+    /// None for a one-shot.
+    pub interval_us: Option<u64>,
 }
 
 /// What became of an operation that finished.
@@ -192,26 +197,26 @@ pub struct VmLoad {
     pub on_probation: bool,
 }
 
-/// The queue. See the [module](self).
+/// The queue. See the [module](self). With each operation it keeps something of its user's, beside its own: what is
+/// needed together lies together, and most of an operation's cost is waiting for memory.
 #[derive(Debug)]
-pub struct FairQueue {
+pub struct FairQueue<T = ()> {
     limits: Limits,
-    ops: Vec<Op>,
+    ops: Ops<T>,
     free_ops: Vec<u32>,
     vms: Vec<Vm>,
     free_vms: Vec<u32>,
     by_id: HashMap<VmId, u32>,
     /// The heads of idle machines: by class, then healthy and on probation.
     heads: [[Heads; 2]; 2],
-    timers: BinaryHeap<Reverse<(u64, OpId)>>,
-    dead_timers: usize,
+    wheel: Wheel,
     /// Machines on probation that have no operations, the longest forgotten first.
     remembered: VecDeque<u32>,
     /// The virtual clock of re-runs: the greatest tag served; the real time when nothing waits. Never ahead of that.
     virtual_us: u64,
     /// The virtual clock of first runs, in turns.
     round: u64,
-    seq: u64,
+    stamp: NonZeroU64,
     spread: u32,
     running_first: usize,
     /// First runs started in a row though a re-run was there; only one slot needs it.
@@ -246,10 +251,14 @@ enum Place {
 }
 
 #[derive(Debug)]
-struct Op {
+struct Op<T> {
     generation: u32,
     vm: u32,
     place: Place,
+    /// Among the operations of its machine that never ran, or in the wheel.
+    links: Links,
+    /// Ticks skipped since the last run.
+    skipped: u32,
     /// 0 for a one-shot.
     interval_us: u64,
     /// In turns while it never ran, then in virtual microseconds.
@@ -257,8 +266,12 @@ struct Op {
     /// The tick it waits for, or whose run is pending or running.
     due_us: u64,
     runs: u64,
-    skipped: u64,
+    payload: T,
 }
+
+/// All operations, by their index.
+#[derive(Debug)]
+struct Ops<T>(Vec<Op<T>>);
 
 #[derive(Debug)]
 struct Vm {
@@ -282,7 +295,10 @@ struct Vm {
     /// What to add to its virtual time to get the queue's. It grows when the machine lags by more than its credit:
     /// all its operations alike are forgiven what they missed.
     offset_us: u64,
-    lanes: [Lane; 2],
+    first: FirstLane,
+    again: AgainLane,
+    /// What of each class is among the heads of all idle machines.
+    listed: [Option<Listed>; 2],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -291,39 +307,43 @@ enum News {
     Idle,
 }
 
-/// The ready operations of one machine and one class.
+/// The operations of one machine that never ran, the oldest first. Their tags rise.
+#[derive(Debug)]
+struct FirstLane {
+    head: u32,
+    tail: u32,
+    len: u32,
+}
+
+/// The re-runs of one machine that are ready.
 #[derive(Debug, Default)]
-struct Lane {
+struct AgainLane {
     /// The top is always alive.
-    heap: BinaryHeap<Entry<OpId>>,
-    dead: usize,
-    /// The entry that the head has among the heads of all idle machines.
-    listed: Option<Listing>,
+    heap: BinaryHeap<ByTag>,
+    dead: u32,
 }
 
-/// Orders by tag, then by arrival.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Key {
-    tag: u64,
-    seq: u64,
-}
-
-/// What a heap holds. The greatest comes out first, which is that with the least key; nothing else is compared.
+/// The greatest is that with the least tag; nothing else is compared.
 #[derive(Clone, Copy, Debug)]
-struct Entry<T> {
-    key: Key,
-    item: T,
+struct ByTag {
+    tag: u64,
+    op: OpId,
 }
 
-/// A lane's head among those of the other machines. The stamp is never used twice, so an entry is alive when its
-/// machine's lane still has its stamp.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Listed {
-    stamp: u64,
-    vm: u32,
+    /// Never used twice: an entry among the heads is alive when its machine still has its stamp.
+    stamp: NonZeroU64,
+    op: u32,
 }
 
-type Listing = Entry<Listed>;
+/// A machine's head among those of the other machines. The greatest is that with the least tag, then the oldest.
+#[derive(Clone, Copy, Debug)]
+struct Listing {
+    tag: u64,
+    stamp: NonZeroU64,
+    vm: u32,
+}
 
 #[derive(Debug, Default)]
 struct Heads {
@@ -331,24 +351,23 @@ struct Heads {
     alive: usize,
 }
 
-impl FairQueue {
+impl<T: Default> FairQueue<T> {
     /// An empty queue. Where it is `gated`, machines start with their gate closed.
     pub fn new(limits: Limits, gated: bool) -> Self {
-        let max_total = limits.max_total.min(u32::MAX as usize);
+        let max_total = limits.max_total.min(i32::MAX as usize);
         Self {
             limits: Limits { max_total, ..limits },
-            ops: Vec::new(),
+            ops: Ops(Vec::new()),
             free_ops: Vec::new(),
             vms: Vec::new(),
             free_vms: Vec::new(),
             by_id: HashMap::new(),
             heads: Default::default(),
-            timers: BinaryHeap::new(),
-            dead_timers: 0,
+            wheel: Wheel::new(),
             remembered: VecDeque::new(),
             virtual_us: 0,
             round: 0,
-            seq: 0,
+            stamp: NonZeroU64::MIN,
             spread: 0,
             running_first: 0,
             first_in_a_row: 0,
@@ -385,43 +404,39 @@ impl FairQueue {
     /// When the queue is full.
     pub fn resume_every(&mut self, vm: VmId, interval_us: u64, due_us: u64, now_us: u64) -> Result<OpId, Full> {
         let id = self.admit(vm, interval_us.max(1), now_us)?;
-        let op = &mut self.ops[id.index()];
+        let op = &mut self.ops.0[id.index()];
         (op.runs, op.due_us) = (1, due_us);
         self.counters.skipped_ticks += op.skip(now_us);
-        let vm = &mut self.vms[op.vm as usize];
+        let vm_index = op.vm;
+        let vm = &mut self.vms[vm_index as usize];
         vm.catch_up(self.virtual_us);
         op.tag = vm.virtual_us.saturating_add(op.due_us.saturating_sub(now_us).min(op.interval_us));
-        self.await_tick(id, now_us);
+        self.await_tick(id.index, now_us);
+        self.list_heads(vm_index);
+        self.note(vm_index);
         Ok(id)
     }
 
     /// Makes ready what is due. Call it before [`FairQueue::start_next`].
     pub fn advance(&mut self, now_us: u64) {
-        while let Some(&Reverse((due_us, id))) = self.timers.peek() {
-            let alive = self.is_alive(id);
-            if alive && due_us > now_us {
-                break;
-            }
-            self.timers.pop();
-            if alive {
-                self.counters.waiting -= 1;
-                self.make_ready(id, Class::Again);
-            } else {
-                self.dead_timers -= 1;
-            }
+        while self.counters.waiting > 0
+            && let Some(index) = self.wheel.pop(&mut self.ops, now_us)
+        {
+            self.counters.waiting -= 1;
+            self.make_ready_again(index);
+            let vm_index = self.ops.0[index as usize].vm;
+            self.list_heads(vm_index);
+            self.note(vm_index);
         }
     }
 
-    /// When the next operation that waits for its tick is due.
+    /// When the next operation that waits for its tick is due; or earlier, when to [advance](FairQueue::advance) before
+    /// that can be told.
     pub fn next_due_us(&mut self) -> Option<u64> {
-        while let Some(&Reverse((due_us, id))) = self.timers.peek() {
-            if self.is_alive(id) {
-                return Some(due_us);
-            }
-            self.timers.pop();
-            self.dead_timers -= 1;
+        if self.counters.waiting == 0 {
+            return None;
         }
-        None
+        self.wheel.next_us(&mut self.ops)
     }
 
     /// Whether [`FairQueue::start_next`] would start something.
@@ -470,7 +485,7 @@ impl FairQueue {
             debug_assert!(false, "finish of {id:?}, which does not run");
             return Finished::Gone;
         };
-        let op = &mut self.ops[id.index()];
+        let op = &mut self.ops.0[id.index()];
         let vm_index = op.vm;
         let vm = &mut self.vms[vm_index as usize];
         self.counters.running -= 1;
@@ -478,15 +493,17 @@ impl FairQueue {
         self.counters.hung += u64::from(hung);
         self.counters.running_on_probation -= usize::from(vm.on_probation);
         self.running_first -= usize::from(class == Class::First);
-        self.counters.on_probation += usize::from(hung);
-        self.counters.on_probation -= usize::from(vm.on_probation);
-        vm.on_probation = hung;
+        if hung != vm.on_probation {
+            self.counters.on_probation += usize::from(hung);
+            self.counters.on_probation -= usize::from(vm.on_probation);
+            vm.on_probation = hung;
+        }
         vm.running = None;
         let finished = if cancelled || op.interval_us == 0 {
             self.remove(id);
             Finished::Gone
         } else {
-            self.plan(id, now_us);
+            self.plan(id.index, now_us);
             Finished::Again
         };
         self.list_heads(vm_index);
@@ -498,7 +515,7 @@ impl FairQueue {
     /// Takes an operation out. What runs is let finish.
     pub fn cancel(&mut self, id: OpId) -> Cancelled {
         let Some(place) = self.place(id) else { return Cancelled::Unknown };
-        let op = &mut self.ops[id.index()];
+        let op = &mut self.ops.0[id.index()];
         let vm_index = op.vm;
         match place {
             Place::Free => return Cancelled::Unknown,
@@ -509,19 +526,19 @@ impl FairQueue {
                 return Cancelled::Running;
             }
             Place::Waiting => {
+                self.wheel.remove(&mut self.ops, id.index);
                 self.remove(id);
                 self.counters.waiting -= 1;
-                self.dead_timers += 1;
-                if self.dead_timers > self.timers.len() / 2 + DEAD_ALLOWED {
-                    let ops = &self.ops;
-                    self.timers.retain(|Reverse((_, id))| ops[id.index()].generation == id.generation);
-                    self.dead_timers = 0;
-                }
             }
             Place::Ready(class) => {
-                self.remove(id);
+                if class == Class::First {
+                    self.vms[vm_index as usize].first.unlink(&mut self.ops, id.index);
+                    self.remove(id);
+                } else {
+                    self.remove(id);
+                    self.vms[vm_index as usize].again.bury(&self.ops);
+                }
                 self.counters.ready -= 1;
-                self.vms[vm_index as usize].lanes[class as usize].bury(&self.ops);
                 self.list_heads(vm_index);
             }
         }
@@ -549,9 +566,9 @@ impl FairQueue {
         }
         vm.open = true;
         vm.asked_for = false;
-        for entry in vm.lanes[Class::Again as usize].heap.iter() {
-            let op = &mut self.ops[entry.item.index()];
-            if op.generation == entry.item.generation {
+        for entry in vm.again.heap.iter() {
+            let op = &mut self.ops.0[entry.op.index()];
+            if op.generation == entry.op.generation {
                 self.counters.skipped_ticks += op.skip(now_us);
             }
         }
@@ -622,8 +639,37 @@ impl FairQueue {
 
     /// The machine of an operation that is in the queue.
     pub fn vm(&self, id: OpId) -> Option<VmId> {
-        let op = self.ops.get(id.index()).filter(|op| op.generation == id.generation)?;
+        let op = self.ops.0.get(id.index()).filter(|op| op.generation == id.generation)?;
         Some(self.vms[op.vm as usize].id)
+    }
+
+    /// All operations in the queue.
+    pub fn operations(&self) -> impl Iterator<Item = OpId> + '_ {
+        let alive = self.ops.0.iter().enumerate().filter(|(_, op)| op.place != Place::Free);
+        alive.map(|(index, op)| OpId { index: index as u32, generation: op.generation })
+    }
+
+    /// Those of them that are periodic.
+    pub fn periodics(&self) -> impl Iterator<Item = OpId> + '_ {
+        self.operations().filter(|id| self.ops.0[id.index()].interval_us > 0)
+    }
+
+    /// A periodic operation's machine, its interval in microseconds, and how many runs have begun.
+    pub fn periodic(&self, id: OpId) -> Option<(VmId, u64, u64)> {
+        let vm = self.vm(id)?;
+        let op = &self.ops.0[id.index()];
+        let begun = op.runs + u64::from(matches!(op.place, Place::Running { .. }));
+        (op.interval_us > 0).then_some((vm, op.interval_us, begun))
+    }
+
+    /// What its user keeps with an operation.
+    pub fn kept(&self, id: OpId) -> &T {
+        &self.ops.0[id.index()].payload
+    }
+
+    /// The same, to change it. It stays until the operation's index is used again.
+    pub fn kept_mut(&mut self, id: OpId) -> &mut T {
+        &mut self.ops.0[id.index()].payload
     }
 
     /// The counters.
@@ -638,7 +684,7 @@ impl FairQueue {
             VmLoad {
                 vm: vm.id,
                 index: index as usize,
-                ready: vm.lanes.iter().map(Lane::len).sum(),
+                ready: vm.ready(),
                 operations: vm.operations as usize,
                 running: vm.running,
                 open: vm.open,
@@ -660,10 +706,15 @@ impl FairQueue {
 
     fn submit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
         let id = self.admit(vm, interval_us, now_us)?;
-        self.make_ready(id, Class::First);
+        let vm_index = self.ops.0[id.index()].vm;
+        self.vms[vm_index as usize].first.push(&mut self.ops, id.index);
+        self.counters.ready += 1;
+        self.list_heads(vm_index);
+        self.note(vm_index);
         Ok(id)
     }
 
+    /// Makes an operation that is in no list yet.
     fn admit(&mut self, vm: VmId, interval_us: u64, now_us: u64) -> Result<OpId, Full> {
         let known = self.by_id.get(&vm).copied();
         let held = known.map_or(0, |index| {
@@ -672,7 +723,7 @@ impl FairQueue {
         });
         let full = if held >= self.limits.max_per_vm {
             Some(Full::Vm)
-        } else if self.ops.len() - self.free_ops.len() >= self.limits.max_total {
+        } else if self.ops.0.len() - self.free_ops.len() >= self.limits.max_total {
             Some(Full::Total)
         } else {
             None
@@ -687,56 +738,62 @@ impl FairQueue {
         vm.round = self.round.max(vm.round + 1);
         let round = vm.round;
         let index = self.free_ops.pop().unwrap_or_else(|| {
-            self.ops.push(Op {
+            self.ops.0.push(Op {
                 generation: 0,
                 vm: 0,
                 place: Place::Free,
+                links: Links::NONE,
+                skipped: 0,
                 interval_us: 0,
                 tag: 0,
                 due_us: 0,
                 runs: 0,
-                skipped: 0,
+                payload: T::default(),
             });
-            (self.ops.len() - 1) as u32
+            (self.ops.0.len() - 1) as u32
         });
-        let op = &mut self.ops[index as usize];
+        let op = &mut self.ops.0[index as usize];
         let generation = op.generation;
         *op = Op {
             generation,
             vm: vm_index,
-            place: Place::Free,
+            place: Place::Ready(Class::First),
+            links: Links::NONE,
+            skipped: 0,
             interval_us,
             tag: round,
             due_us: now_us,
             runs: 0,
-            skipped: 0,
+            payload: T::default(),
         };
-        let id = OpId { index, generation };
         self.counters.submitted += 1;
-        Ok(id)
+        Ok(OpId { index, generation })
     }
 
     fn start(&mut self, class: Class, listing: Listing, now_us: u64) -> Option<Start> {
-        let vm = &mut self.vms[listing.item.vm as usize];
-        let id = vm.lanes[class as usize].pop(&self.ops)?;
-        let op = &mut self.ops[id.index()];
+        let vm = &mut self.vms[listing.vm as usize];
+        let index = match class {
+            Class::First => vm.first.pop(&mut self.ops)?,
+            Class::Again => vm.again.pop(&self.ops)?.index,
+        };
+        let op = &mut self.ops.0[index as usize];
         op.place = Place::Running { class, cancelled: false };
         match class {
             Class::First => {
                 self.round = self.round.max(op.tag);
                 self.running_first += 1;
                 self.counters.started_first += 1;
-                let passed_over = vm.lanes[Class::Again as usize].len() > 0;
-                vm.first_in_a_row = if passed_over { vm.first_in_a_row.saturating_add(1) } else { 0 };
+                vm.first_in_a_row = if vm.again.len() > 0 { vm.first_in_a_row.saturating_add(1) } else { 0 };
             }
             Class::Again => {
-                self.virtual_us = self.virtual_us.max(listing.key.tag.min(now_us));
+                self.virtual_us = self.virtual_us.max(listing.tag.min(now_us));
                 vm.virtual_us = vm.virtual_us.max(op.tag.min(now_us.saturating_sub(vm.offset_us)));
                 op.tag += op.interval_us;
                 vm.first_in_a_row = 0;
                 self.counters.started_again += 1;
             }
         }
+        let id = OpId { index, generation: op.generation };
         vm.running = Some((id, now_us));
         self.healthy_in_a_row = if vm.on_probation { 0 } else { self.healthy_in_a_row.saturating_add(1) };
         self.counters.ready -= 1;
@@ -746,22 +803,30 @@ impl FairQueue {
         let start = Start {
             op: id,
             vm: vm.id,
-            vm_index: listing.item.vm as usize,
+            vm_index: listing.vm as usize,
             run: op.runs,
             planned_us: op.due_us,
-            skipped: op.skipped,
+            skipped: op.skipped.into(),
+            interval_us: (op.interval_us > 0).then_some(op.interval_us),
         };
-        self.list_heads(listing.item.vm);
+        // It is the top: nothing of its machine is listed any more.
+        let ward = usize::from(vm.on_probation);
+        self.heads[class as usize][ward].heap.pop();
+        for class in Class::BOTH {
+            if vm.listed[class as usize].take().is_some() {
+                self.heads[class as usize][ward].alive -= 1;
+            }
+        }
         Some(start)
     }
 
     /// Plans the next run of a periodic operation that ran.
-    fn plan(&mut self, id: OpId, now_us: u64) {
-        let op = &mut self.ops[id.index()];
-        let vm = &mut self.vms[op.vm as usize];
+    fn plan(&mut self, index: u32, now_us: u64) {
+        let op = &mut self.ops.0[index as usize];
         op.runs += 1;
         op.skipped = 0;
         if op.runs == 1 {
+            let vm = &mut self.vms[op.vm as usize];
             // Steps of the golden ratio fall into the widest gap that is left, however many they are.
             self.spread = self.spread.wrapping_add(0x9E37_79B9);
             let least_us = op.interval_us / 20;
@@ -775,34 +840,28 @@ impl FairQueue {
             op.due_us = op.due_us.saturating_add(op.interval_us);
             self.counters.skipped_ticks += op.skip(now_us);
         }
-        self.await_tick(id, now_us);
+        self.await_tick(index, now_us);
     }
 
-    fn await_tick(&mut self, id: OpId, now_us: u64) {
-        let op = &mut self.ops[id.index()];
+    fn await_tick(&mut self, index: u32, now_us: u64) {
+        let op = &mut self.ops.0[index as usize];
         if op.due_us <= now_us {
-            self.make_ready(id, Class::Again);
+            self.make_ready_again(index);
         } else {
             op.place = Place::Waiting;
-            self.timers.push(Reverse((op.due_us, id)));
+            self.wheel.insert(&mut self.ops, index);
             self.counters.waiting += 1;
         }
     }
 
-    fn make_ready(&mut self, id: OpId, class: Class) {
-        let op = &mut self.ops[id.index()];
-        let vm_index = op.vm;
-        let vm = &mut self.vms[vm_index as usize];
-        if class == Class::Again {
-            vm.catch_up(self.virtual_us);
-            op.tag = op.tag.max(vm.virtual_us.saturating_sub(op.interval_us));
-        }
-        op.place = Place::Ready(class);
-        self.seq += 1;
-        vm.lanes[class as usize].heap.push(Entry { key: Key { tag: op.tag, seq: self.seq }, item: id });
+    fn make_ready_again(&mut self, index: u32) {
+        let op = &mut self.ops.0[index as usize];
+        let vm = &mut self.vms[op.vm as usize];
+        vm.catch_up(self.virtual_us);
+        op.tag = op.tag.max(vm.virtual_us.saturating_sub(op.interval_us));
+        op.place = Place::Ready(Class::Again);
+        vm.again.heap.push(ByTag { tag: op.tag, op: OpId { index, generation: op.generation } });
         self.counters.ready += 1;
-        self.list_heads(vm_index);
-        self.note(vm_index);
     }
 
     fn shut(&mut self, vm_index: u32) -> bool {
@@ -834,39 +893,45 @@ impl FairQueue {
     /// Makes the lists of heads say what this machine offers now: nothing while it is busy or its gate is closed.
     fn list_heads(&mut self, vm_index: u32) {
         let vm = &mut self.vms[vm_index as usize];
-        let held_back = vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
+        let idle = vm.running.is_none() && vm.open;
+        let held_back = vm.first_in_a_row >= TURNS && vm.again.len() > 0;
         let ward = usize::from(vm.on_probation);
         for class in Class::BOTH {
-            let lane = &mut vm.lanes[class as usize];
-            let head = match lane.heap.peek() {
-                _ if vm.running.is_some() || !vm.open || class == Class::First && held_back => None,
-                head => head.copied(),
+            let head = match class {
+                _ if !idle => None,
+                Class::First if held_back => None,
+                Class::First => vm.first.head(),
+                Class::Again => vm.again.heap.peek().map(|head| head.op.index),
             };
-            if lane.listed.map(|listing| listing.key.seq) == head.map(|head| head.key.seq) {
+            if vm.listed[class as usize].map(|listed| listed.op) == head {
                 continue;
             }
-            let offered = head.map(|Entry { mut key, item: id }| {
-                if class == Class::Again {
-                    let floor_us = self.virtual_us.saturating_sub(self.ops[id.index()].interval_us);
-                    vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(key.tag));
-                    key.tag += vm.offset_us;
-                }
-                key
-            });
             let heads = &mut self.heads[class as usize][ward];
-            heads.alive -= usize::from(lane.listed.is_some());
-            heads.alive += usize::from(offered.is_some());
-            lane.listed = offered.map(|key| {
-                self.seq += 1;
-                Entry { key, item: Listed { stamp: self.seq, vm: vm_index } }
-            });
-            heads.heap.extend(lane.listed);
+            heads.alive -= usize::from(vm.listed[class as usize].is_some());
+            vm.listed[class as usize] = None;
+            if let Some(index) = head {
+                let tag = match class {
+                    Class::First => self.ops.0[index as usize].tag,
+                    Class::Again => {
+                        let tag = vm.again.heap.peek().map_or(0, |head| head.tag);
+                        if tag + vm.offset_us < self.virtual_us {
+                            let floor_us = self.virtual_us.saturating_sub(self.ops.0[index as usize].interval_us);
+                            vm.offset_us = vm.offset_us.max(floor_us.saturating_sub(tag));
+                        }
+                        tag + vm.offset_us
+                    }
+                };
+                self.stamp = self.stamp.saturating_add(1);
+                vm.listed[class as usize] = Some(Listed { stamp: self.stamp, op: index });
+                heads.alive += 1;
+                heads.heap.push(Listing { tag, stamp: self.stamp, vm: vm_index });
+            }
         }
         for class in Class::BOTH {
             let heads = &mut self.heads[class as usize][ward];
             if heads.heap.len() > 2 * heads.alive + DEAD_ALLOWED {
                 let vms = &self.vms;
-                heads.heap.retain(|head| vms[head.item.vm as usize].lanes[class as usize].lists(head));
+                heads.heap.retain(|head| vms[head.vm as usize].lists(class, head));
             }
         }
     }
@@ -894,7 +959,7 @@ impl FairQueue {
     fn first_in(&mut self, class: Class, ward: usize) -> Option<Listing> {
         let heads = &mut self.heads[class as usize][ward];
         while let Some(head) = heads.heap.peek() {
-            if self.vms[head.item.vm as usize].lanes[class as usize].lists(head) {
+            if self.vms[head.vm as usize].lists(class, head) {
                 return Some(*head);
             }
             heads.heap.pop();
@@ -920,7 +985,9 @@ impl FairQueue {
             round: 0,
             virtual_us: 0,
             offset_us: 0,
-            lanes: Default::default(),
+            first: FirstLane::EMPTY,
+            again: AgainLane::default(),
+            listed: [None; 2],
         };
         let index = match self.free_vms.pop() {
             Some(index) => {
@@ -965,35 +1032,31 @@ impl FairQueue {
     fn drop_vm(&mut self, vm_index: u32) {
         let vm = &mut self.vms[vm_index as usize];
         // A burst must not hold its memory for ever.
-        vm.lanes = Default::default();
+        vm.again = AgainLane::default();
         self.by_id.remove(&vm.id);
         self.free_vms.push(vm_index);
     }
 
     fn remove(&mut self, id: OpId) {
-        let op = &mut self.ops[id.index()];
+        let op = &mut self.ops.0[id.index()];
         op.generation = op.generation.wrapping_add(1);
         op.place = Place::Free;
         self.vms[op.vm as usize].operations -= 1;
         self.free_ops.push(id.index);
     }
 
-    fn is_alive(&self, id: OpId) -> bool {
-        self.ops[id.index()].generation == id.generation
-    }
-
     fn place(&self, id: OpId) -> Option<Place> {
-        self.ops.get(id.index()).filter(|op| op.generation == id.generation).map(|op| op.place)
+        self.ops.0.get(id.index()).filter(|op| op.generation == id.generation).map(|op| op.place)
     }
 }
 
-impl Op {
+impl<T> Op<T> {
     /// Moves the planned time to the latest tick that has passed. Returns how many were skipped.
     fn skip(&mut self, now_us: u64) -> u64 {
         let Some(late_us) = now_us.checked_sub(self.due_us) else { return 0 };
         let skipped = late_us / self.interval_us;
         self.due_us += skipped * self.interval_us;
-        self.skipped += skipped;
+        self.skipped = self.skipped.saturating_add(u32::try_from(skipped).unwrap_or(u32::MAX));
         skipped
     }
 }
@@ -1004,8 +1067,17 @@ impl Vm {
         self.open == gated || self.asked_for
     }
 
+    fn ready(&self) -> usize {
+        self.first.len as usize + self.again.len()
+    }
+
+    /// Whether an entry among the heads is alive.
+    fn lists(&self, class: Class, head: &Listing) -> bool {
+        self.listed[class as usize].is_some_and(|listed| listed.stamp == head.stamp)
+    }
+
     fn news(&self, gated: bool) -> Option<News> {
-        if !self.open && self.lanes.iter().any(|lane| lane.len() > 0) {
+        if !self.open && self.ready() > 0 {
             Some(News::Wanted)
         } else if self.operations == 0 && (self.open && gated || self.asked_for) {
             Some(News::Idle)
@@ -1016,79 +1088,135 @@ impl Vm {
 
     /// A machine on which nothing waits is served in full: its virtual clock is the queue's.
     fn catch_up(&mut self, virtual_us: u64) {
-        if self.running.is_none() && self.lanes[Class::Again as usize].len() == 0 {
+        if self.running.is_none() && self.again.len() == 0 {
             self.virtual_us = self.virtual_us.max(virtual_us.saturating_sub(self.offset_us));
         }
     }
 }
 
-impl Key {
-    /// As one number, compared without a branch: most of a heap's time goes there.
-    fn order(self) -> u128 {
-        u128::from(self.tag) << 64 | u128::from(self.seq)
+impl<T> Timed for Ops<T> {
+    fn links(&mut self, index: u32) -> &mut Links {
+        &mut self.0[index as usize].links
+    }
+
+    fn due_us(&self, index: u32) -> u64 {
+        self.0[index as usize].due_us
+    }
+
+    fn generation(&self, index: u32) -> u32 {
+        self.0[index as usize].generation
     }
 }
 
-impl<T> Ord for Entry<T> {
-    fn cmp(&self, other: &Self) -> Ordering {
-        other.key.order().cmp(&self.key.order())
+impl FirstLane {
+    const EMPTY: FirstLane = FirstLane { head: NONE, tail: NONE, len: 0 };
+
+    fn head(&self) -> Option<u32> {
+        (self.head != NONE).then_some(self.head)
+    }
+
+    fn push<T>(&mut self, ops: &mut Ops<T>, index: u32) {
+        ops.0[index as usize].links = Links { next: NONE, prev: self.tail };
+        match self.tail {
+            NONE => self.head = index,
+            tail => ops.0[tail as usize].links.next = index,
+        }
+        self.tail = index;
+        self.len += 1;
+    }
+
+    fn pop<T>(&mut self, ops: &mut Ops<T>) -> Option<u32> {
+        let head = self.head()?;
+        self.unlink(ops, head);
+        Some(head)
+    }
+
+    fn unlink<T>(&mut self, ops: &mut Ops<T>, index: u32) {
+        let Links { next, prev } = std::mem::replace(&mut ops.0[index as usize].links, Links::NONE);
+        match prev {
+            NONE => self.head = next,
+            prev => ops.0[prev as usize].links.next = next,
+        }
+        match next {
+            NONE => self.tail = prev,
+            next => ops.0[next as usize].links.prev = prev,
+        }
+        self.len -= 1;
     }
 }
 
-impl<T> PartialOrd for Entry<T> {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-
-    fn le(&self, other: &Self) -> bool {
-        self.key.order() >= other.key.order()
-    }
-}
-
-impl<T> PartialEq for Entry<T> {
-    fn eq(&self, other: &Self) -> bool {
-        self.key == other.key
-    }
-}
-
-impl<T> Eq for Entry<T> {}
-
-impl Lane {
-    fn lists(&self, head: &Listing) -> bool {
-        self.listed.is_some_and(|listed| listed.item.stamp == head.item.stamp)
-    }
-
+impl AgainLane {
     fn len(&self) -> usize {
-        self.heap.len() - self.dead
+        self.heap.len() - self.dead as usize
     }
 
     /// Takes the head.
-    fn pop(&mut self, ops: &[Op]) -> Option<OpId> {
+    fn pop<T>(&mut self, ops: &Ops<T>) -> Option<OpId> {
         let head = self.heap.pop()?;
         self.clean_top(ops);
-        Some(head.item)
+        Some(head.op)
     }
 
     /// Notes that one entry died.
-    fn bury(&mut self, ops: &[Op]) {
+    fn bury<T>(&mut self, ops: &Ops<T>) {
         self.dead += 1;
         self.clean_top(ops);
-        if self.dead > self.heap.len() / 2 + DEAD_ALLOWED {
-            self.heap.retain(|Entry { item: id, .. }| ops[id.index()].generation == id.generation);
+        if self.dead as usize > self.heap.len() / 2 + DEAD_ALLOWED {
+            self.heap.retain(|entry| ops.0[entry.op.index()].generation == entry.op.generation);
             self.dead = 0;
         }
     }
 
-    fn clean_top(&mut self, ops: &[Op]) {
+    fn clean_top<T>(&mut self, ops: &Ops<T>) {
         while self.dead > 0
-            && let Some(Entry { item: id, .. }) = self.heap.peek()
-            && ops[id.index()].generation != id.generation
+            && let Some(ByTag { op, .. }) = self.heap.peek()
+            && ops.0[op.index()].generation != op.generation
         {
             self.heap.pop();
             self.dead -= 1;
         }
     }
 }
+
+impl Ord for ByTag {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.tag.cmp(&self.tag)
+    }
+}
+
+impl Ord for Listing {
+    fn cmp(&self, other: &Self) -> Ordering {
+        other.order().cmp(&self.order())
+    }
+}
+
+impl Listing {
+    /// As one number, compared without a branch: most of a heap's time goes there.
+    fn order(&self) -> u128 {
+        u128::from(self.tag) << 64 | u128::from(self.stamp.get())
+    }
+}
+
+/// Whole orders from [`Ord::cmp`].
+macro_rules! order_by_cmp {
+    ($($what:ty),*) => { $(
+        impl PartialOrd for $what {
+            fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+                Some(self.cmp(other))
+            }
+        }
+
+        impl PartialEq for $what {
+            fn eq(&self, other: &Self) -> bool {
+                self.cmp(other) == Ordering::Equal
+            }
+        }
+
+        impl Eq for $what {}
+    )* };
+}
+
+order_by_cmp!(ByTag, Listing);
 
 /// `span` times `numerator / 2^32`.
 fn scale(span: u64, numerator: u32) -> u64 {

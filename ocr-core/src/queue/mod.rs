@@ -3,11 +3,13 @@
 //! [`fair`] decides who runs next and is pure; [`scheduler`] runs it on tokio.
 
 pub mod fair;
+mod label;
 mod lateness;
 pub mod scheduler;
+mod wheel;
 
 pub use fair::GateEvent;
 pub use scheduler::{
-    GateEvents, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler, SchedulerConfig,
-    Tick, VmQueue,
+    GateEvents, LatenessHistogram, LatenessQuantiles, Periodic, PeriodicStatus, QueueSnapshot, RunningOp, Scheduler,
+    SchedulerConfig, Tick, VmQueue,
 };

@@ -2,8 +2,9 @@
 //!
 //! There is no dispatcher: as many workers as there are slots each take the lock, give back the machine they had, take
 //! the next operation and run it in place. A worker that finds nothing parks, and whoever brings work wakes one; that
-//! one wakes the next while there is more. One more task sleeps until the next tick is due, and only while a worker is
-//! parked: busy workers look at the time themselves.
+//! one wakes the next while there is more. One more task, the time keeper, sleeps until the next tick is due while a
+//! worker is parked (busy workers look at the time themselves), and until the first of those that run has to be over:
+//! a timer for each run would cost more than all the rest.
 //!
 //! A machine's gate may be closed ([`Scheduler::close`]): nothing starts there until it is opened. So several processes
 //! share machines: the one that owns a machine opens it. [`Scheduler::gate_events`] tells who wants one, and
@@ -18,9 +19,12 @@ use std::{
     fmt,
     future::{Future, poll_fn},
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::{Pin, pin},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, ready},
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
@@ -29,13 +33,14 @@ use tokio::{
     runtime::Handle,
     sync::{Notify, Semaphore, oneshot},
     task::AbortHandle,
-    time::{Instant, Sleep, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::task::TaskTracker;
 
 use super::{
     fair::{Cancelled, Counters, FairQueue, Finished, Full, GateEvent, Limits, OpId, Start},
-    lateness::Lateness,
+    label::{Label, Labels},
+    lateness::{Lateness, Tally, Trend},
 };
 use crate::{Error, ErrorKind, Result, Retry, VmId, error::reason};
 
@@ -143,6 +148,10 @@ pub struct QueueSnapshot {
     pub counters: Counters,
     /// Lateness of the latest few thousand runs of periodic operations, median and 99th percentile.
     pub lateness: Option<LatenessQuantiles>,
+    /// Lateness of all runs of periodic operations since the start, but for first ones.
+    pub lateness_since_start: LatenessHistogram,
+    /// How long first runs and one-shots waited, since the start.
+    pub waits_since_start: LatenessHistogram,
     /// What runs, the longest running first.
     pub running: Vec<RunningOp>,
     /// Machines with operations, or on probation, by id.
@@ -209,6 +218,17 @@ pub struct LatenessQuantiles {
     pub p99: Duration,
 }
 
+/// How many values lie where.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LatenessHistogram {
+    /// Upper bounds, rising, and how many values lie under each and not under the one before.
+    pub buckets: Vec<(Duration, u64)>,
+    /// How many lie over all bounds.
+    pub over: u64,
+    /// All values together.
+    pub sum: Duration,
+}
+
 impl Scheduler {
     /// Starts a scheduler; its workers are tasks on the current tokio runtime, whose timers must be enabled. They end
     /// with [`Scheduler::shutdown`], or when the last clone and the last [`Periodic`] are dropped.
@@ -220,7 +240,7 @@ impl Scheduler {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 queue: FairQueue::new(limits, config.gated),
-                tasks: Vec::new(),
+                labels: Labels::default(),
                 vms: Vec::new(),
                 seats: Vec::new(),
                 slots,
@@ -231,12 +251,16 @@ impl Scheduler {
                 alarm_us: NEVER_US,
                 closed: false,
                 lateness: Lateness::default(),
+                late: Tally::default(),
+                waits: Tally::default(),
                 workers: Vec::new(),
             }),
             config,
             runtime: Handle::try_current().ok(),
             wakeups: Semaphore::new(0),
             alarm: Notify::new(),
+            alarm_us: AtomicU64::new(NEVER_US),
+            deadline_us: AtomicU64::new(NEVER_US),
             gates: Notify::new(),
             tracker: TaskTracker::new(),
             epoch: Instant::now(),
@@ -276,10 +300,10 @@ impl Scheduler {
     ) -> impl Future<Output = Result<T>> + Send {
         let shared = &*self.owner.shared;
         let (reply, answer) = oneshot::channel();
-        let job = Job::Once(Box::new(Once { op: Some(Box::pin(op)), result: None, reply }));
-        let what = what.into().into_boxed_str();
+        let what = what.into();
+        let work = Box::new(Once { op: Some(Box::pin(op)), result: None, reply });
         async move {
-            let op = shared.submit(vm, None, |op| Task { op, what, limit, job: Some(job), fare: None })?;
+            let op = shared.submit(vm, None, &what, limit, work)?;
             let mut place = Place { shared, op: Some(op) };
             let result = answer.await;
             place.op = None;
@@ -333,18 +357,8 @@ impl Scheduler {
                 format_args!("wants a time between {MIN_INTERVAL:?} and 365 days, got {interval:?}"),
             ));
         }
-        let what = what.into().into_boxed_str();
-        let job = Some(Job::Every { make: Box::new(op), run: None });
-        let fare = Some(Box::new(Fare {
-            interval,
-            last_us: 0,
-            gap_us: 0,
-            runs: 0,
-            skipped: 0,
-            lateness: Lateness::default(),
-        }));
-        let task = |op| Task { op, what, limit, job, fare };
-        let op = self.owner.shared.submit(vm, Some((interval, next)), task)?;
+        let interval = Some((interval, next));
+        let op = self.owner.shared.submit(vm, interval, &what.into(), limit, Box::new(Every(op)))?;
         Ok(Periodic { owner: Arc::clone(&self.owner), op })
     }
 
@@ -361,7 +375,7 @@ impl Scheduler {
         let mut snapshot = {
             let state = shared.lock();
             let running = state.queue.vms().filter_map(|load| state.running(load.vm, load.running?, now_us));
-            let periodics = state.tasks.iter().flatten().filter_map(|task| state.status(task));
+            let periodics = state.queue.periodics().filter_map(|op| state.status(op));
             let vms = state.queue.vms().filter(|load| load.operations > 0 || load.on_probation).map(|load| VmQueue {
                 vm: load.vm,
                 queued: load.ready,
@@ -381,6 +395,8 @@ impl Scheduler {
                 max_connections: state.slots,
                 counters,
                 lateness: state.lateness.quantiles(),
+                lateness_since_start: state.late.histogram(),
+                waits_since_start: state.waits.histogram(),
                 running: running.collect(),
                 vms: vms.collect(),
                 periodics: periodics.collect(),
@@ -513,8 +529,7 @@ impl Periodic {
     /// How it fares.
     pub fn status(&self) -> Option<PeriodicStatus> {
         let state = self.owner.shared.lock();
-        let task = state.tasks.get(self.op.index())?.as_ref().filter(|task| task.op == self.op)?;
-        state.status(task)
+        state.status(self.op)
     }
 }
 
@@ -591,6 +606,10 @@ struct Shared {
     wakeups: Semaphore,
     /// Tells the time keeper that the alarm moved to an earlier time.
     alarm: Notify,
+    /// As [`State::alarm_us`], to look at without the lock.
+    alarm_us: AtomicU64,
+    /// No run that waits has to be over before this.
+    deadline_us: AtomicU64,
     /// Tells who listens that there is an event.
     gates: Notify,
     tracker: TaskTracker,
@@ -598,13 +617,12 @@ struct Shared {
 }
 
 struct State {
-    queue: FairQueue,
-    /// By [`OpId::index`].
-    tasks: Vec<Option<Task>>,
+    queue: FairQueue<Task>,
+    labels: Labels,
     /// By [`Start::vm_index`].
     vms: Vec<VmSeen>,
     /// What each worker runs.
-    seats: Vec<Option<OpId>>,
+    seats: Vec<Seat>,
     /// How many may run at once. There may be more workers, after it was lowered.
     slots: usize,
     /// Who waits until nothing runs on a machine.
@@ -620,6 +638,10 @@ struct State {
     closed: bool,
     /// Of all periodic operations.
     lateness: Lateness,
+    /// The same since the start.
+    late: Tally,
+    /// Of first runs and one-shots, since the start.
+    waits: Tally,
     workers: Vec<AbortHandle>,
 }
 
@@ -629,33 +651,46 @@ struct VmSeen {
     lateness: Lateness,
 }
 
+/// What an operation does, and how it fares: 40 bytes.
+#[derive(Default)]
 struct Task {
-    op: OpId,
-    what: Box<str>,
-    limit: Duration,
     /// Taken while it runs.
-    job: Option<Job>,
-    /// Of a periodic operation.
-    fare: Option<Box<Fare>>,
+    work: Option<Box<dyn Work>>,
+    /// How it fares, if it is periodic.
+    fare: Fare,
+    limit_s: f32,
+    /// What it is; none while there is no operation.
+    label: Option<Label>,
 }
 
 /// What is known of how a periodic operation fares.
+#[derive(Clone, Copy, Default)]
 struct Fare {
-    interval: Duration,
-    last_us: u64,
     /// Moving average from start to start.
-    gap_us: u64,
-    runs: u64,
-    skipped: u64,
-    lateness: Lateness,
+    gap_us: f32,
+    late_us: f32,
+    skipped: u32,
+    lateness: Trend,
 }
 
-enum Job {
-    Once(Box<dyn RunOnce>),
-    Every { make: Box<MakeRun>, run: Option<BoxFuture<'static, Result<()>>> },
+/// What a worker runs.
+#[derive(Clone)]
+struct Seat {
+    op: Option<OpId>,
+    /// Counts its runs.
+    run: u64,
+    until_us: u64,
+    bell: Arc<Bell>,
 }
 
-type MakeRun = dyn FnMut(Tick) -> BoxFuture<'static, Result<()>> + Send;
+/// Tells a worker that its run has to be over.
+#[derive(Default)]
+struct Bell {
+    /// Which of its runs.
+    run: AtomicU64,
+    /// The worker's task keeps its waker.
+    waker: OnceLock<Waker>,
+}
 
 /// How a run ended.
 enum Ending {
@@ -665,14 +700,34 @@ enum Ending {
     Panicked(Box<dyn Any + Send>),
 }
 
-/// A one-shot of any result type.
-trait RunOnce: Send {
-    /// Polls the operation. When it is over it is dropped, and its result is kept.
+type Run = BoxFuture<'static, Result<()>>;
+
+/// An operation, of whatever kind and result type.
+trait Work: Send {
+    /// Begins a run. A one-shot is its own run.
+    fn begin(&mut self, tick: Tick) -> Option<Run>;
+    /// Polls a one-shot. When it is over it is dropped, and its result is kept.
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending>;
-    /// Drops the operation and keeps this as its result.
+    /// Drops a one-shot and keeps this as its result.
     fn give_up(&mut self, error: Error);
-    /// Hands the result to the caller, if one still waits.
+    /// Hands a one-shot's result to its caller, if one still waits.
     fn deliver(self: Box<Self>);
+}
+
+struct Every<F>(F);
+
+impl<F: FnMut(Tick) -> Run + Send> Work for Every<F> {
+    fn begin(&mut self, tick: Tick) -> Option<Run> {
+        Some((self.0)(tick))
+    }
+
+    fn poll(&mut self, _: &mut Context<'_>) -> Poll<Ending> {
+        Poll::Ready(Ending::Done)
+    }
+
+    fn give_up(&mut self, _: Error) {}
+
+    fn deliver(self: Box<Self>) {}
 }
 
 struct Once<T, F> {
@@ -681,14 +736,18 @@ struct Once<T, F> {
     reply: oneshot::Sender<Result<T>>,
 }
 
-impl<T: Send, F: Future<Output = Result<T>> + Send> RunOnce for Once<T, F> {
+impl<T: Send, F: Future<Output = Result<T>> + Send> Work for Once<T, F> {
+    fn begin(&mut self, _: Tick) -> Option<Run> {
+        None
+    }
+
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending> {
         let Some(op) = &mut self.op else { return Poll::Ready(Ending::Done) };
         let result = ready!(op.as_mut().poll(context));
         self.op = None;
-        let hung = matches!(&result, Err(error) if error.kind() == ErrorKind::TimedOut);
+        let ending = ending(&result);
         self.result = Some(result);
-        Poll::Ready(if hung { Ending::Hung } else { Ending::Done })
+        Poll::Ready(ending)
     }
 
     fn give_up(&mut self, error: Error) {
@@ -704,62 +763,34 @@ impl<T: Send, F: Future<Output = Result<T>> + Send> RunOnce for Once<T, F> {
     }
 }
 
-impl Job {
-    fn begin(&mut self, tick: Tick) -> Result<(), Box<dyn Any + Send>> {
-        if let Self::Every { make, run } = self {
-            *run = Some(catch_unwind(AssertUnwindSafe(|| make(tick)))?);
-        }
-        Ok(())
-    }
-
-    fn poll(&mut self, context: &mut Context<'_>) -> Poll<Ending> {
-        let poll = AssertUnwindSafe(|| match self {
-            Self::Once(once) => once.poll(context),
-            Self::Every { run, .. } => {
-                let Some(future) = run else { return Poll::Ready(Ending::Done) };
-                let result = ready!(future.as_mut().poll(context));
-                *run = None;
-                let hung = matches!(result, Err(error) if error.kind() == ErrorKind::TimedOut);
-                Poll::Ready(if hung { Ending::Hung } else { Ending::Done })
-            }
-        });
-        catch_unwind(poll).unwrap_or_else(|panic| Poll::Ready(Ending::Panicked(panic)))
-    }
-
-    /// Drops what runs; a one-shot's caller gets the error.
-    fn give_up(&mut self, error: Error) {
-        match self {
-            Self::Once(once) => once.give_up(error),
-            Self::Every { run, .. } => *run = None,
-        }
-    }
-
-    fn deliver(self) {
-        if let Self::Once(once) = self {
-            once.deliver();
-        }
+fn ending<T>(result: &Result<T>) -> Ending {
+    match result {
+        Err(error) if error.kind() == ErrorKind::TimedOut => Ending::Hung,
+        _ => Ending::Done,
     }
 }
 
 /// A run that a worker has taken.
-struct Run {
+struct Taken {
     op: OpId,
     vm: VmId,
     tick: Tick,
-    until: Instant,
+    until_us: u64,
     limit: Duration,
-    job: Job,
+    work: Box<dyn Work>,
 }
 
 /// A run that is over.
 struct Done {
     op: OpId,
     hung: bool,
-    job: Job,
+    work: Box<dyn Work>,
+    /// It gave others their turn meanwhile.
+    waited: bool,
 }
 
 enum Turn {
-    Run(Run),
+    Run(Taken),
     Park,
     End,
 }
@@ -767,120 +798,133 @@ enum Turn {
 struct Worker {
     shared: Arc<Shared>,
     seat: usize,
+    bell: Arc<Bell>,
+    /// Counts its runs.
+    run: u64,
     ended: bool,
 }
 
 impl Worker {
     async fn work(mut self) {
-        // One timer for all runs: moving it to a later time, as is usual, costs next to nothing.
-        let mut deadline = pin!(sleep(Duration::ZERO));
+        poll_fn(|context| {
+            self.bell.waker.get_or_init(|| context.waker().clone());
+            Poll::Ready(())
+        })
+        .await;
         let mut done = None;
         loop {
             let (turn, over) = self.turn(done.take());
-            if let Some(job) = over {
-                quietly(|| job.deliver());
+            if let Some(work) = over {
+                quietly(|| work.deliver());
             }
             match turn {
-                Turn::Run(run) => done = Some(self.perform(run, deadline.as_mut()).await),
+                Turn::Run(taken) => {
+                    let over = self.perform(taken).await;
+                    if !over.waited {
+                        // Operations that never wait must not keep the thread from other tasks.
+                        tokio::task::coop::consume_budget().await;
+                    }
+                    done = Some(over);
+                }
                 Turn::Park => {
-                    // A timer that nobody needs would still wake this task, and a paused clock would run to it.
-                    deadline.set(sleep(Duration::ZERO));
                     if let Ok(permit) = self.shared.wakeups.acquire().await {
                         permit.forget();
                     }
                 }
                 Turn::End => break,
             }
-            // Operations that never wait must not keep the thread from other tasks.
-            tokio::task::coop::consume_budget().await;
         }
         self.ended = true;
     }
 
-    /// Gives back what this worker had, and takes what it does next. The second part is a job that is over: to be
+    /// Gives back what this worker had, and takes what it does next. The second part is work that is over: to be
     /// delivered and dropped without the lock.
-    fn turn(&self, done: Option<Done>) -> (Turn, Option<Job>) {
-        let shared = &*self.shared;
+    fn turn(&mut self, done: Option<Done>) -> (Turn, Option<Box<dyn Work>>) {
+        let shared = Arc::clone(&self.shared);
         let now_us = shared.now_us();
         let state = &mut *shared.lock();
-        let over = done.and_then(|done| {
-            let finished = state.finish(self.seat, done.op, now_us, done.hung);
-            let slot = &mut state.tasks[done.op.index()];
-            match finished {
-                Finished::Gone => {
-                    *slot = None;
-                    Some(done.job)
-                }
-                Finished::Again => {
-                    if let Some(task) = slot {
-                        task.job = Some(done.job);
-                    }
-                    None
-                }
+        let over = done.and_then(|done| match state.finish(self.seat, done.op, now_us, done.hung) {
+            Finished::Gone => {
+                state.forget(done.op);
+                Some(done.work)
+            }
+            Finished::Again => {
+                state.queue.kept_mut(done.op).work = Some(done.work);
+                None
             }
         });
         if state.closed {
+            shared.rest(state);
             return (Turn::End, over);
         }
         state.queue.advance(now_us);
         if let Some(start) = state.queue.start_next(now_us) {
-            if let Some(run) = self.take(state, start, now_us) {
+            if let Some(taken) = self.take(state, start, now_us) {
                 shared.rouse(state);
-                return (Turn::Run(run), over);
+                return (Turn::Run(taken), over);
             }
-            debug_assert!(false, "{start:?} has no job");
+            debug_assert!(false, "{start:?} has no work");
             state.queue.cancel(start.op);
             state.finish(self.seat, start.op, now_us, false);
         }
+        shared.rest(state);
         state.parked += 1;
         shared.rouse(state);
         (Turn::Park, over)
     }
 
-    fn take(&self, state: &mut State, start: Start, now_us: u64) -> Option<Run> {
-        let task = state.tasks.get_mut(start.op.index())?.as_mut()?;
-        let job = task.job.take()?;
-        let lateness = Duration::from_micros(now_us.saturating_sub(start.planned_us));
-        if let Some(fare) = &mut task.fare {
-            fare.note(now_us, start.run, start.skipped, lateness);
-            if start.run > 0 {
-                state.lateness.record(lateness);
-                if state.vms.len() <= start.vm_index {
-                    state
-                        .vms
-                        .resize_with(start.vm_index + 1, || VmSeen { vm: start.vm, lateness: Lateness::default() });
-                }
-                let seen = &mut state.vms[start.vm_index];
-                if seen.vm != start.vm {
-                    *seen = VmSeen { vm: start.vm, lateness: Lateness::default() };
-                }
-                seen.lateness.record(lateness);
-            }
+    fn take(&mut self, state: &mut State, start: Start, now_us: u64) -> Option<Taken> {
+        let task = state.queue.kept_mut(start.op);
+        let work = task.work.take()?;
+        let limit_s = task.limit_s;
+        let late_us = now_us.saturating_sub(start.planned_us);
+        if let Some(interval_us) = start.interval_us {
+            task.fare.note(interval_us, start.run, start.skipped, late_us);
         }
-        state.seats[self.seat] = Some(start.op);
-        let tick = Tick { lateness, run: start.run, skipped: start.skipped };
-        let limit = task.limit.min(MAX_INTERVAL);
-        let until = self.shared.instant(now_us) + limit;
-        Some(Run { op: start.op, vm: start.vm, tick, until, limit, job })
+        if start.run == 0 {
+            state.waits.record(late_us);
+        } else {
+            state.lateness.record(late_us);
+            state.late.record(late_us);
+            state.seen(start.vm_index, start.vm).record(late_us);
+        }
+        let limit = Duration::try_from_secs_f32(limit_s).unwrap_or(MAX_INTERVAL);
+        let until_us = now_us.saturating_add(limit.as_micros() as u64);
+        self.run += 1;
+        let seat = &mut state.seats[self.seat];
+        (seat.op, seat.run, seat.until_us) = (Some(start.op), self.run, until_us);
+        let tick = Tick { lateness: Duration::from_micros(late_us), run: start.run, skipped: start.skipped };
+        Some(Taken { op: start.op, vm: start.vm, tick, until_us, limit, work })
     }
 
-    async fn perform(&self, run: Run, mut deadline: Pin<&mut Sleep>) -> Done {
-        let Run { op, vm, tick, until, limit, mut job } = run;
-        let ending = match job.begin(tick) {
+    async fn perform(&self, taken: Taken) -> Done {
+        let Taken { op, vm, tick, until_us, limit, mut work } = taken;
+        let mut waited = false;
+        let ending = match catch_unwind(AssertUnwindSafe(|| work.begin(tick))) {
             Err(panic) => Some(Ending::Panicked(panic)),
-            Ok(()) => {
-                let mut armed = false;
-                poll_fn(|context| {
-                    if let Poll::Ready(ending) = job.poll(context) {
-                        return Poll::Ready(Some(ending));
+            Ok(mut run) => {
+                let ending = poll_fn(|context| {
+                    if waited && self.bell.run.load(Ordering::Acquire) == self.run {
+                        return Poll::Ready(None);
                     }
-                    if !armed {
-                        armed = true;
-                        deadline.as_mut().reset(until);
+                    let poll = catch_unwind(AssertUnwindSafe(|| match &mut run {
+                        Some(run) => run.as_mut().poll(context).map(|result| ending(&result)),
+                        None => work.poll(context),
+                    }));
+                    match poll.unwrap_or_else(|panic| Poll::Ready(Ending::Panicked(panic))) {
+                        Poll::Ready(ending) => Poll::Ready(Some(ending)),
+                        Poll::Pending => {
+                            if !waited {
+                                waited = true;
+                                self.shared.watch(until_us);
+                            }
+                            Poll::Pending
+                        }
                     }
-                    deadline.as_mut().poll(context).map(|()| None)
                 })
-                .await
+                .await;
+                quietly(|| drop(run));
+                ending
             }
         };
         let hung = match ending {
@@ -891,7 +935,7 @@ impl Worker {
                 let message = panic_message(&*panic);
                 tracing::error!(%vm, what, message, "an operation panicked");
                 let error = Error::internal("the operation panicked").with_source(message);
-                quietly(|| job.give_up(error.during("queue.run_once").on(resource(vm, &what))));
+                quietly(|| work.give_up(error.during("queue.run_once").on(resource(vm, &what))));
                 false
             }
             None => {
@@ -899,17 +943,16 @@ impl Worker {
                 tracing::warn!(%vm, what, ?limit, "an operation ran past its limit and was dropped");
                 let error =
                     Error::timed_out(format!("the operation was dropped when its limit of {limit:?} had passed"));
-                quietly(|| job.give_up(error.during("queue.run_once").on(resource(vm, &what))));
+                quietly(|| work.give_up(error.during("queue.run_once").on(resource(vm, &what))));
                 true
             }
         };
-        Done { op, hung, job }
+        Done { op, hung, work, waited }
     }
 
     /// Only for what is rare: it takes the lock.
     fn what(&self, op: OpId) -> String {
-        let state = self.shared.lock();
-        state.tasks.get(op.index()).and_then(Option::as_ref).map(|task| task.what.to_string()).unwrap_or_default()
+        self.shared.lock().what(op)
     }
 }
 
@@ -920,31 +963,32 @@ impl Drop for Worker {
             return;
         }
         self.shared.close();
-        let task = {
-            let state = &mut *self.shared.lock();
-            state.seats[self.seat].and_then(|op| {
-                state.queue.cancel(op);
-                state.finish(self.seat, op, self.shared.now_us(), false);
-                state.tasks[op.index()].take()
-            })
-        };
-        drop(task);
+        let state = &mut *self.shared.lock();
+        if let Some(op) = state.seats[self.seat].op {
+            state.queue.cancel(op);
+            state.finish(self.seat, op, self.shared.now_us(), false);
+            // Its work was dropped with the run.
+            state.forget(op);
+        }
+        self.shared.rest(state);
     }
 }
 
-/// Sleeps until the next tick is due and wakes a worker for it, as long as one is parked.
+/// Sleeps until the next tick is due and wakes a worker for it, as long as one is parked; and until a run has to be
+/// over, to tell its worker.
 async fn keep_time(shared: Arc<Shared>) {
     loop {
         let alarm_us = {
             let state = &mut *shared.lock();
-            if state.closed {
+            if state.closed && state.queue.counters().running == 0 {
                 return;
             }
-            state.queue.advance(shared.now_us());
+            let now_us = shared.now_us();
+            state.queue.advance(now_us);
+            shared.ring(state, now_us);
             shared.rouse(state);
-            let due_us = state.queue.next_due_us().filter(|_| state.parked > 0);
-            state.alarm_us = due_us.unwrap_or(NEVER_US);
-            state.alarm_us
+            let due_us = state.queue.next_due_us().filter(|_| state.parked > 0).unwrap_or(NEVER_US);
+            shared.set_alarm(state, due_us)
         };
         let earlier = shared.alarm.notified();
         if alarm_us == NEVER_US {
@@ -976,7 +1020,9 @@ impl Shared {
         &self,
         vm: VmId,
         interval: Option<(Duration, Option<Instant>)>,
-        task: impl FnOnce(OpId) -> Task,
+        what: &str,
+        limit: Duration,
+        work: Box<dyn Work>,
     ) -> Result<OpId> {
         let now_us = self.now_us();
         let state = &mut *self.lock();
@@ -992,12 +1038,67 @@ impl Shared {
             }
         };
         let op = op.map_err(|full| self.full(vm, full))?;
-        if state.tasks.len() <= op.index() {
-            state.tasks.resize_with(op.index() + 1, || None);
-        }
-        state.tasks[op.index()] = Some(task(op));
+        let label = Some(state.labels.keep(what));
+        let limit_s = limit.min(MAX_INTERVAL).as_secs_f32();
+        *state.queue.kept_mut(op) = Task { work: Some(work), fare: Fare::default(), limit_s, label };
         self.rouse(state);
         Ok(op)
+    }
+
+    /// Sees that a run that waits is over in time.
+    fn watch(&self, until_us: u64) {
+        if until_us < self.deadline_us.load(Ordering::SeqCst) {
+            self.deadline_us.fetch_min(until_us, Ordering::SeqCst);
+        }
+        // This and what `set_alarm` does are in opposite order: one of the two sees the other.
+        if until_us < self.alarm_us.load(Ordering::SeqCst) {
+            let state = &mut *self.lock();
+            if until_us < state.alarm_us {
+                self.set_alarm(state, until_us);
+                self.alarm.notify_one();
+            }
+        }
+    }
+
+    /// When the time keeper looks again: then, or when the first run has to be over.
+    fn set_alarm(&self, state: &mut State, at_us: u64) -> u64 {
+        state.alarm_us = at_us;
+        self.alarm_us.store(at_us, Ordering::SeqCst);
+        let deadline_us = self.deadline_us.load(Ordering::SeqCst);
+        if deadline_us < at_us {
+            state.alarm_us = deadline_us;
+            self.alarm_us.store(deadline_us, Ordering::SeqCst);
+        }
+        state.alarm_us
+    }
+
+    /// Tells the workers whose run has to be over.
+    fn ring(&self, state: &mut State, now_us: u64) {
+        if self.deadline_us.load(Ordering::SeqCst) > now_us {
+            return;
+        }
+        let mut deadline_us = NEVER_US;
+        for seat in state.seats.iter_mut().filter(|seat| seat.op.is_some()) {
+            if seat.until_us <= now_us {
+                seat.until_us = NEVER_US;
+                seat.bell.run.store(seat.run, Ordering::Release);
+                if let Some(waker) = seat.bell.waker.get() {
+                    waker.wake_by_ref();
+                }
+            }
+            deadline_us = deadline_us.min(seat.until_us);
+        }
+        self.deadline_us.store(deadline_us, Ordering::SeqCst);
+    }
+
+    /// Where nothing runs there is no deadline. A timer that nobody needs would still wake the time keeper, and a paused
+    /// clock would run to it.
+    fn rest(&self, state: &State) {
+        if state.queue.counters().running == 0 && (state.closed || self.deadline_us.load(Ordering::SeqCst) != NEVER_US)
+        {
+            self.deadline_us.store(NEVER_US, Ordering::SeqCst);
+            self.alarm.notify_one();
+        }
     }
 
     /// Sees that there are so many workers.
@@ -1006,13 +1107,16 @@ impl Shared {
         let seats = {
             let state = &mut *self.lock();
             let seats = if state.closed { 0..0 } else { state.seats.len()..slots };
-            state.seats.resize(slots.max(state.seats.len()), None);
-            seats
+            let bells: Vec<_> = seats.map(|seat| (seat, Arc::new(Bell::default()))).collect();
+            let seat = |bell| Seat { op: None, run: 0, until_us: NEVER_US, bell };
+            state.seats.extend(bells.iter().map(|(_, bell)| seat(Arc::clone(bell))));
+            bells
         };
         // Without the lock: where the runtime ends just now, a worker is dropped here, and takes it.
         let hired: Vec<_> = seats
-            .map(|seat| {
-                let worker = Worker { shared: Arc::clone(self), seat, ended: false };
+            .into_iter()
+            .map(|(seat, bell)| {
+                let worker = Worker { shared: Arc::clone(self), seat, bell, run: 0, ended: false };
                 self.tracker.spawn_on(worker.work(), runtime).abort_handle()
             })
             .collect();
@@ -1020,18 +1124,18 @@ impl Shared {
     }
 
     fn cancel(&self, op: OpId) {
-        let task = {
+        let work = {
             let state = &mut *self.lock();
             match state.queue.cancel(op) {
                 Cancelled::Removed => {
                     // Less work never frees a slot, but the machine may now offer something else.
                     self.rouse(state);
-                    state.tasks[op.index()].take()
+                    state.forget(op)
                 }
                 Cancelled::Running | Cancelled::Unknown => None,
             }
         };
-        drop(task);
+        drop(work);
     }
 
     /// Wakes a worker when there is work for it, and the time keeper when it would sleep too long.
@@ -1053,7 +1157,7 @@ impl Shared {
             && let Some(due_us) = state.queue.next_due_us()
             && due_us < state.alarm_us
         {
-            state.alarm_us = due_us;
+            self.set_alarm(state, due_us);
             self.alarm.notify_one();
         }
     }
@@ -1069,22 +1173,21 @@ impl Shared {
             self.wakeups.add_permits(std::mem::take(&mut state.parked));
             self.alarm.notify_one();
             self.gates.notify_waiters();
-            let queue = &mut state.queue;
-            let waits = |slot: &mut Option<Task>| {
-                let op = slot.as_ref()?.op;
-                let vm = queue.vm(op)?;
-                match queue.cancel(op) {
-                    Cancelled::Removed => slot.take().map(|task| (vm, task)),
+            let all: Vec<OpId> = state.queue.operations().collect();
+            let waits = |op| {
+                let vm = state.queue.vm(op)?;
+                match state.queue.cancel(op) {
+                    Cancelled::Removed => state.forget(op).map(|work| (vm, work)),
                     Cancelled::Running | Cancelled::Unknown => None,
                 }
             };
-            state.tasks.iter_mut().filter_map(waits).collect::<Vec<_>>()
+            all.into_iter().filter_map(waits).collect::<Vec<_>>()
         };
-        for (vm, task) in waiting {
-            if let Some(mut job) = task.job {
-                job.give_up(shutting_down(vm));
-                job.deliver();
-            }
+        for (vm, mut work) in waiting {
+            quietly(|| {
+                work.give_up(shutting_down(vm));
+                work.deliver();
+            });
         }
     }
 
@@ -1106,7 +1209,8 @@ impl Shared {
 impl State {
     /// Ends a run, and tells who waits for that.
     fn finish(&mut self, seat: usize, op: OpId, now_us: u64, hung: bool) -> Finished {
-        self.seats[seat] = None;
+        let seat = &mut self.seats[seat];
+        (seat.op, seat.until_us) = (None, NEVER_US);
         if !self.vm_drains.is_empty()
             && let Some(vm) = self.queue.vm(op)
         {
@@ -1136,37 +1240,63 @@ impl State {
     }
 
     fn running(&self, vm: VmId, (op, since_us): (OpId, u64), now_us: u64) -> Option<RunningOp> {
-        let what = self.tasks.get(op.index())?.as_ref()?.what.to_string();
+        let what = self.what(op);
         Some(RunningOp { vm, what, running_for: Duration::from_micros(now_us.saturating_sub(since_us)) })
     }
 
-    fn status(&self, task: &Task) -> Option<PeriodicStatus> {
-        let fare = task.fare.as_ref()?;
+    /// Drops what is known of an operation that is gone. Its work is to be dropped without the lock.
+    fn forget(&mut self, op: OpId) -> Option<Box<dyn Work>> {
+        let task = std::mem::take(self.queue.kept_mut(op));
+        if let Some(label) = task.label {
+            self.labels.drop(label);
+        }
+        task.work
+    }
+
+    fn seen(&mut self, vm_index: usize, vm: VmId) -> &mut Lateness {
+        let fresh = || VmSeen { vm, lateness: Lateness::default() };
+        if self.vms.len() <= vm_index {
+            self.vms.resize_with(vm_index + 1, fresh);
+        }
+        let seen = &mut self.vms[vm_index];
+        if seen.vm != vm {
+            *seen = fresh();
+        }
+        &mut seen.lateness
+    }
+
+    fn what(&self, op: OpId) -> String {
+        let label = self.queue.kept(op).label.as_ref();
+        label.map(|label| self.labels.text(label).to_owned()).unwrap_or_default()
+    }
+
+    fn status(&self, op: OpId) -> Option<PeriodicStatus> {
+        let (vm, interval_us, runs) = self.queue.periodic(op)?;
+        let fare = &self.queue.kept(op).fare;
         Some(PeriodicStatus {
-            vm: self.queue.vm(task.op)?,
-            what: task.what.to_string(),
-            interval_wanted: fare.interval,
-            interval_got: (fare.gap_us > 0).then(|| Duration::from_micros(fare.gap_us)),
-            runs: fare.runs,
-            skipped: fare.skipped,
+            vm,
+            what: self.what(op),
+            interval_wanted: Duration::from_micros(interval_us),
+            interval_got: (fare.gap_us > 0.0).then(|| Duration::from_micros(fare.gap_us as u64)),
+            runs,
+            skipped: fare.skipped.into(),
             lateness: fare.lateness.quantiles(),
         })
     }
 }
 
 impl Fare {
-    fn note(&mut self, now_us: u64, run: u64, skipped: u64, lateness: Duration) {
+    fn note(&mut self, interval_us: u64, run: u64, skipped: u64, late_us: u64) {
         // From the first run to the second is no interval: there the spread comes in.
         if run >= 2 {
-            let gap_us = now_us - self.last_us;
-            self.gap_us = if run == 2 { gap_us } else { self.gap_us - self.gap_us / 8 + gap_us / 8 };
+            let gap_us = (interval_us * (1 + skipped)) as f32 + late_us as f32 - self.late_us;
+            self.gap_us += (gap_us - self.gap_us) / if run == 2 { 1.0 } else { 8.0 };
         }
         if run >= 1 {
-            self.lateness.record(lateness);
+            self.lateness.record(late_us);
         }
-        self.last_us = now_us;
-        self.runs = run + 1;
-        self.skipped += skipped;
+        self.late_us = late_us as f32;
+        self.skipped = self.skipped.saturating_add(skipped as u32);
     }
 }
 

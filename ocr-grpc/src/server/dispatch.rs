@@ -23,7 +23,6 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use ocr_core::Error;
 use tokio::time::Sleep;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::{
     Code, Status,
     body::Body,
@@ -32,14 +31,16 @@ use tonic::{
 };
 use tracing::{Instrument as _, Span};
 
+use super::calls::{Calls, OpenEnded};
 use crate::{CallId, head, status};
 
 const GRPC_STATUS: &str = "grpc-status";
 const GRPC_MESSAGE: &str = "grpc-message";
 
 /// Calls that end when the server stops, because they have no end of their own.
-const OPEN_ENDED: [&str; 4] = [
+const OPEN_ENDED: [&str; 5] = [
     "/ConditionService/stream",
+    "/ocr.v1.Queue/Watch",
     "/grpc.health.v1.Health/Watch",
     "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
@@ -51,10 +52,11 @@ const MAX_SHOWN_PATH_BYTES: usize = 96;
 /// The HTTP/2 service of one connection.
 pub(super) struct Dispatch {
     pub(super) routes: Routes,
-    pub(super) stopping: CancellationToken,
+    pub(super) calls: Calls,
+    pub(super) max_calls: usize,
     pub(super) request_deadline: Duration,
     pub(super) arriving: Arc<Arriving>,
-    pub(super) peer: SocketAddr,
+    pub(super) peer: Arc<SocketAddr>,
 }
 
 /// What all requests hold together that have not arrived whole, in bytes.
@@ -79,8 +81,7 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
         let path = request.uri().path();
         let shown = head(path, MAX_SHOWN_PATH_BYTES);
         let span = tracing::info_span!("call", request_id = %call, method = shown, peer = %self.peer);
-        let open_ended = OPEN_ENDED.contains(&path);
-        let stop = open_ended.then(|| Box::pin(self.stopping.clone().cancelled_owned()));
+        let open_ended = OPEN_ENDED.into_iter().find(|known| *known == path);
         // The request of a conversation has no end of its own either; its messages are small, each is gone when read.
         let conversation = path.starts_with("/grpc.reflection.");
         let patience = (!conversation).then_some(self.request_deadline);
@@ -88,8 +89,14 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
         request.extensions_mut().insert(call.clone());
         let arriving = Arc::clone(&self.arriving);
         let request = request.map(|body| Body::new(Arrival { body, patience, sleep: None, arriving, held_bytes: 0 }));
+        let mut outcome = Outcome { started: Instant::now(), trace: Trace::Live(Box::new(span.clone())), told: false };
+        if self.calls.len() >= self.max_calls {
+            outcome.tell(Code::ResourceExhausted);
+            let full = Status::resource_exhausted("the server has as many open calls as it takes; come back later");
+            return std::future::ready(Ok(full.into_http().map(|body| Reply { body, open: None, outcome }))).boxed();
+        }
         let answer = self.routes.clone().call(request);
-        let mut outcome = Outcome { started: Instant::now(), span: span.clone(), told: false };
+        let (calls, peer) = (self.calls.clone(), Arc::clone(&self.peer));
         let answered = async move {
             // A panic is this call's alone; what it was is told by the panic hook.
             let answer = AssertUnwindSafe(answer).catch_unwind().map(|answer| {
@@ -109,12 +116,21 @@ impl hyper::service::Service<Request<Incoming>> for Dispatch {
                 headers.insert(CallId::HEADER, id);
             }
             set_right(headers);
-            if let Some(code) = code(headers) {
+            let code = code(headers);
+            if let Some(code) = code {
                 outcome.tell(code);
             }
-            Ok(answer.map(|body| Reply { body, stop, outcome, ended: false }))
+            let open = match open_ended {
+                Some(method) if code.is_none() => {
+                    // Tens of thousands are open and silent: no span is kept for their one line at the end.
+                    outcome.trace = Trace::Later { call, method, peer };
+                    Some(calls.open())
+                }
+                _ => None,
+            };
+            Ok(answer.map(|body| Reply { body, open, outcome }))
         };
-        Box::pin(answered.instrument(span))
+        answered.instrument(span).boxed()
     }
 }
 
@@ -160,14 +176,36 @@ fn timeout(headers: &HeaderMap) -> Option<Duration> {
 /// Tells the log once how a call ended.
 struct Outcome {
     started: Instant,
-    span: Span,
+    trace: Trace,
     told: bool,
+}
+
+/// Where a call's log lines belong.
+enum Trace {
+    Live(Box<Span>),
+    /// What the span is made of, when there is something to say.
+    Later {
+        call: CallId,
+        method: &'static str,
+        peer: Arc<SocketAddr>,
+    },
+}
+
+impl Trace {
+    fn span(&self) -> Span {
+        match self {
+            Self::Live(span) => Span::clone(span),
+            Self::Later { call, method, peer } => {
+                tracing::info_span!("call", request_id = %call, method, peer = %peer)
+            }
+        }
+    }
 }
 
 impl Outcome {
     fn tell(&mut self, code: Code) {
         self.told = true;
-        tracing::debug!(parent: &self.span, ?code, elapsed_ms = self.elapsed_ms(), "call ended");
+        tracing::debug!(parent: &self.trace.span(), ?code, elapsed_ms = self.elapsed_ms(), "call ended");
     }
 
     fn elapsed_ms(&self) -> u64 {
@@ -178,7 +216,7 @@ impl Outcome {
 impl Drop for Outcome {
     fn drop(&mut self) {
         if !self.told {
-            tracing::debug!(parent: &self.span, elapsed_ms = self.elapsed_ms(), "call left by its client");
+            tracing::debug!(parent: &self.trace.span(), elapsed_ms = self.elapsed_ms(), "call left by its client");
         }
     }
 }
@@ -243,37 +281,28 @@ impl HttpBody for Arrival {
 /// A reply on its way to the client.
 pub(super) struct Reply {
     body: Body,
-    /// For a call without an end of its own: the server's stop.
-    stop: Option<Pin<Box<WaitForCancellationFutureOwned>>>,
+    /// For a call without an end of its own, until it has one.
+    open: Option<OpenEnded>,
     outcome: Outcome,
-    ended: bool,
 }
 
-impl HttpBody for Reply {
-    type Data = Bytes;
-    type Error = Status;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let this = &mut *self;
-        if this.ended {
-            return Poll::Ready(None);
-        }
-        let span = this.outcome.span.clone();
-        let _entered = span.enter();
-        match Pin::new(&mut this.body).poll_frame(cx) {
+impl Reply {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match Pin::new(&mut self.body).poll_frame(cx) {
             Poll::Ready(Some(Ok(mut frame))) => {
                 if let Some(trailers) = frame.trailers_mut() {
                     set_right(trailers);
-                    this.outcome.tell(code(trailers).unwrap_or(Code::Unknown));
+                    self.outcome.tell(code(trailers).unwrap_or(Code::Unknown));
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             Poll::Pending => {
-                let Some(stop) = &mut this.stop else { return Poll::Pending };
-                ready!(stop.as_mut().poll(cx));
-                this.ended = true;
-                this.body = Body::empty();
-                this.outcome.tell(Code::Unavailable);
+                let Some(open) = &mut self.open else { return Poll::Pending };
+                ready!(open.poll_stop(cx.waker()));
+                self.open = None;
+                // From here on it is at its end.
+                self.body = Body::empty();
+                self.outcome.tell(Code::Unavailable);
                 let mut trailers =
                     Status::unavailable("the server is stopping").into_http::<()>().into_parts().0.headers;
                 trailers.remove(http::header::CONTENT_TYPE);
@@ -282,13 +311,27 @@ impl HttpBody for Reply {
             other => other,
         }
     }
+}
+
+impl HttpBody for Reply {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let this = &mut *self;
+        if let Trace::Live(span) = &this.outcome.trace {
+            let span = Span::clone(span);
+            return span.in_scope(|| this.poll(cx));
+        }
+        this.poll(cx)
+    }
 
     fn is_end_stream(&self) -> bool {
-        self.ended || self.body.is_end_stream()
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        if self.stop.is_some() { SizeHint::default() } else { self.body.size_hint() }
+        if self.open.is_some() { SizeHint::default() } else { self.body.size_hint() }
     }
 }
 

@@ -6,7 +6,7 @@ use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use futures::{Stream, stream};
 use ocr_grpc::{
-    Readiness, Server, Stopped,
+    Load, Readiness, Server, Stopped,
     proto::{
         Condition, ConditionStreamResponse, ExecutorResponse, Identifier,
         condition_service_server::{ConditionService, ConditionServiceServer},
@@ -32,6 +32,7 @@ pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
 pub(crate) struct Running {
     pub(crate) address: SocketAddr,
     pub(crate) readiness: Readiness,
+    pub(crate) load: Load,
     stop: CancellationToken,
     served: JoinHandle<Stopped>,
 }
@@ -39,10 +40,10 @@ pub(crate) struct Running {
 impl Running {
     pub(crate) async fn start(server: Server, drain_deadline: Duration) -> Self {
         let bound = server.bind("127.0.0.1:0").await.unwrap();
-        let (address, readiness) = (bound.local_addr(), bound.readiness());
+        let (address, readiness, load) = (bound.local_addr(), bound.readiness(), bound.load());
         let stop = CancellationToken::new();
         let served = tokio::spawn(bound.serve(stop.clone().cancelled_owned(), drain_deadline));
-        Self { address, readiness, stop, served }
+        Self { address, readiness, load, stop, served }
     }
 
     pub(crate) async fn channel(&self) -> Channel {

@@ -1,18 +1,15 @@
 //! The QEMU guest agent's commands, typed, one at a time per machine.
 
 use std::{
-    collections::HashMap,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use ocr_core::{
-    Error, ErrorKind, Result, VmId,
+    Error, ErrorKind, OsFamily, Result, VmId,
     error::{reason, seconds},
     guest::posix::PosixExit,
 };
@@ -30,8 +27,11 @@ const TURN_LIMIT: Duration = Duration::from_secs(60);
 /// Machines of which something is kept although nobody uses them now: a few dozen bytes each.
 const IDLE_SEATS: usize = 16 << 10;
 
-/// The longest time of an operation that counts as short.
-const LONGEST_USUAL_US: u32 = 250_000;
+/// So many kinds of programs are remembered of a machine.
+const KINDS: usize = 8;
+
+/// The longest that a program is left alone before it is asked for.
+const LONGEST_EXPECTED: Duration = Duration::from_secs(60);
 
 /// A link and the turns on it.
 #[derive(Debug)]
@@ -46,8 +46,41 @@ pub(super) struct Agent<L> {
 #[derive(Debug, Default)]
 struct Seat {
     turn: tokio::sync::Mutex<()>,
-    /// How long a short operation takes there, in microseconds.
-    usual_us: AtomicU32,
+    pace: Mutex<Pace>,
+    is_windows: OnceLock<bool>,
+    /// The variables of a guest with Windows.
+    variables: OnceLock<Arc<BTreeMap<String, String>>>,
+}
+
+/// How long programs take on a machine, the one that ran last first: kind and time.
+#[derive(Debug, Default)]
+struct Pace(Vec<(u64, Duration)>);
+
+impl Pace {
+    fn expected(&self, kind: u64) -> Option<Duration> {
+        self.0.iter().find(|(known, _)| *known == kind).map(|(_, time)| *time)
+    }
+
+    /// The shortest of all.
+    fn floor(&self) -> Duration {
+        self.0.iter().map(|(_, time)| *time).min().unwrap_or_default()
+    }
+
+    /// Learns from a program that was found ended after so much time, at the question of this number (from 0). One that
+    /// had ended at the first may have ended long before: the next is asked for earlier. The steps up and down make the
+    /// first question come too early about three times of four, since another one costs less than to be late. One that
+    /// took far longer than ever may have been an exception.
+    fn learn(&mut self, kind: u64, question: u32, took: Duration) {
+        let time = match (self.expected(kind), question) {
+            (Some(expected), 0) => expected.mul_f64(0.89),
+            (Some(expected), 1..=2) => expected.mul_f64(1.04),
+            (Some(expected), _) => took.mul_f64(0.9).min(expected * 3 / 2 + Duration::from_millis(5)),
+            (None, _) => took.mul_f64(0.9),
+        };
+        self.0.retain(|(known, _)| *known != kind);
+        self.0.truncate(KINDS - 1);
+        self.0.insert(0, (kind, time.min(LONGEST_EXPECTED)));
+    }
 }
 
 /// What the agent says of itself.
@@ -128,24 +161,43 @@ impl<L: AgentLink> Agent<L> {
         Self { link, seats: Mutex::default() }
     }
 
-    /// How long a short operation takes on this machine; nothing when that is not known.
-    pub(super) fn usual(&self, vm: VmId) -> Duration {
-        Duration::from_micros(self.seat(vm).usual_us.load(Ordering::Relaxed).into())
+    /// How long programs of this kind take on this machine, if that is known, and the shortest of others.
+    pub(super) fn expected(&self, vm: VmId, kind: u64) -> (Option<Duration>, Duration) {
+        let seat = self.seat(vm);
+        let pace = seat.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        (pace.expected(kind), pace.floor())
     }
 
-    /// Learns from one operation: quickly from shorter ones, slowly from longer ones, and nothing from long ones, whose
-    /// time is the command's and not the machine's.
-    pub(super) fn learn(&self, vm: VmId, took: Duration) {
-        let Ok(took) = u32::try_from(took.as_micros()) else { return };
+    /// Remembers how long a program took until it was found ended, and at which question.
+    pub(super) fn learn(&self, vm: VmId, kind: u64, question: u32, took: Duration) {
+        self.seat(vm).pace.lock().unwrap_or_else(PoisonError::into_inner).learn(kind, question, took);
+    }
+
+    /// Whether the guest runs Windows. It is asked once: a machine keeps its system.
+    pub(super) async fn is_windows(&self, vm: VmId) -> Result<bool> {
         let seat = self.seat(vm);
-        let usual = seat.usual_us.load(Ordering::Relaxed);
-        let learnt = match usual {
-            _ if took > LONGEST_USUAL_US => return,
-            0 => took,
-            _ if took < usual => usual - (usual - took) / 2,
-            _ => usual + (took - usual) / 8,
+        if let Some(known) = seat.is_windows.get() {
+            return Ok(*known);
+        }
+        let is_windows = match self.os_info(vm).await {
+            Ok(os) => os.is_windows(),
+            // Agents that old, or that silent, are none of Windows.
+            Err(error) if is_refusal(&error) || error.reason() == Some(reason::AGENT_COMMAND_DISABLED) => false,
+            Err(error) => return Err(error),
         };
-        seat.usual_us.store(learnt, Ordering::Relaxed);
+        Ok(*seat.is_windows.get_or_init(|| is_windows))
+    }
+
+    pub(super) fn keep_family(&self, vm: VmId, family: OsFamily) {
+        let _first = self.seat(vm).is_windows.set(family == OsFamily::Windows);
+    }
+
+    pub(super) fn variables(&self, vm: VmId) -> Option<Arc<BTreeMap<String, String>>> {
+        self.seat(vm).variables.get().cloned()
+    }
+
+    pub(super) fn keep_variables(&self, vm: VmId, variables: Arc<BTreeMap<String, String>>) {
+        let _first = self.seat(vm).variables.set(variables);
     }
 
     pub(super) async fn info(&self, vm: VmId) -> Result<Info> {
@@ -288,4 +340,64 @@ pub(super) fn is_refusal(error: &Error) -> bool {
 /// Whether the agent, or the way to it, may be back later.
 pub(super) fn is_outage(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::TimedOut)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs programs that take so long, and returns how many questions each takes and the share of time that is added.
+    fn rounds(pace: &mut Pace, times: &[Duration]) -> (f64, f64) {
+        let (mut questions, mut added) = (0, 0.0);
+        for time in times {
+            let mut polls = super::super::carrier::Questions::new(pace.expected(1), pace.floor());
+            let (mut at, mut asked) = (Duration::ZERO, 0);
+            loop {
+                at += polls.pause(at);
+                if at >= *time {
+                    break;
+                }
+                asked += 1;
+            }
+            pace.learn(1, asked, at);
+            questions += asked + 1;
+            added += (at - *time).as_secs_f64() / time.as_secs_f64();
+        }
+        (f64::from(questions) / times.len() as f64, added / times.len() as f64)
+    }
+
+    #[test]
+    fn what_runs_again_is_asked_for_seldom_and_hardly_late() {
+        for (time_ms, spread) in [15, 60, 200, 1000, 20_000].into_iter().flat_map(|ms| [(ms, 20), (ms, 200), (ms, 400)])
+        {
+            let mut pace = Pace::default();
+            // Now longer, now shorter.
+            let (least, steps) = (1000 - spread / 2, spread + 1);
+            let times: Vec<_> =
+                (0..220_u64).map(|i| Duration::from_micros(time_ms * (least + i * 7919 % steps))).collect();
+            rounds(&mut pace, &times[..20]);
+            let (questions, added) = rounds(&mut pace, &times[20..]);
+            assert!(
+                questions <= 3.0 && added <= 0.1,
+                "{time_ms} ms ± {spread}: {questions:.2} questions, {added:.3} added"
+            );
+        }
+    }
+
+    #[test]
+    fn one_that_hangs_once_does_not_delay_those_after_it() {
+        let mut pace = Pace::default();
+        rounds(&mut pace, &[Duration::from_millis(20); 10]);
+        rounds(&mut pace, &[Duration::from_secs(30)]);
+        let (_, added) = rounds(&mut pace, &[Duration::from_millis(20)]);
+        assert!(added < 1.0, "{added}");
+    }
+
+    #[test]
+    fn few_kinds_are_remembered() {
+        let mut pace = Pace::default();
+        (0..1000).for_each(|kind| pace.learn(kind, 0, Duration::from_millis(kind)));
+        assert_eq!(pace.0.len(), KINDS);
+        assert!(pace.expected(999).is_some() && pace.expected(0).is_none());
+    }
 }

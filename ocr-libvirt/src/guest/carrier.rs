@@ -29,7 +29,10 @@ const MAX_REFUSALS: u32 = 5;
 /// The shortest pause between two questions whether a program ended.
 const MIN_PAUSE: Duration = Duration::from_millis(2);
 
-/// The longest such pause.
+/// The longest such pause, beyond the time that the program is expected to take.
+const MAX_QUESTION_PAUSE: Duration = Duration::from_secs(2);
+
+/// The pause before work on a file is begun anew.
 const MAX_PAUSE: Duration = Duration::from_millis(250);
 
 /// The agent as a way into a guest with a POSIX shell.
@@ -75,11 +78,11 @@ impl<L: AgentLink> PosixLink for Carrier<L> {
         let mut argv = vec!["-c".to_owned(), run.script.to_owned(), run.name.to_owned()];
         argv.extend_from_slice(run.arguments);
         let pid = self.0.start(vm, "/bin/sh", &argv, &[], run.stdin).await?;
-        follow(&self.0, vm, pid, run.until).await
+        follow(&self.0, vm, pid, run.kind, run.until).await
     }
 
     async fn write(&self, vm: VmId, path: &str, parts: &[Bytes], until: Instant) -> Result<()> {
-        write(&self.0, vm, path, parts, until).await
+        write(&self.0, vm, path, "w", parts, until).await
     }
 
     async fn read(&self, vm: VmId, path: &str, offset: u64, count: usize, until: Instant) -> Result<Bytes> {
@@ -116,16 +119,50 @@ pub(super) async fn info<L: AgentLink>(agent: &Agent<L>, vm: VmId) -> Result<Gue
     })
 }
 
-/// Waits for a program's end, and asks for it seldom: a question costs an emulated guest a good part of what the program
-/// costs. The first is asked when an operation on this machine usually has ended.
-pub(super) async fn follow<L: AgentLink>(agent: &Agent<L>, vm: VmId, pid: i64, until: Instant) -> Result<PosixExit> {
+/// When to ask whether a program ended. A question costs an emulated guest a good part of what a short program costs; so
+/// the first is asked when programs of its kind usually have ended, and the others at intervals that grow with the time
+/// it takes.
+pub(super) struct Questions {
+    expected: Option<Duration>,
+    floor: Duration,
+    asked: usize,
+}
+
+impl Questions {
+    pub(super) fn new(expected: Option<Duration>, floor: Duration) -> Self {
+        Self { expected, floor, asked: 0 }
+    }
+
+    /// The pause before the next one, when the program has run for so long.
+    pub(super) fn pause(&mut self, elapsed: Duration) -> Duration {
+        const STEPS: [f64; 3] = [0.06, 0.1, 0.2];
+        let asked = self.asked;
+        self.asked += 1;
+        match (asked, self.expected) {
+            (0, Some(expected)) => expected,
+            (0, None) => self.floor,
+            (1..=3, Some(expected)) => expected.mul_f64(STEPS[asked - 1]).clamp(MIN_PAUSE, MAX_QUESTION_PAUSE),
+            _ => (elapsed / 10).clamp(MIN_PAUSE, MAX_QUESTION_PAUSE),
+        }
+    }
+}
+
+/// Waits for the end of a program of this kind.
+pub(super) async fn follow<L: AgentLink>(
+    agent: &Agent<L>,
+    vm: VmId,
+    pid: i64,
+    kind: u64,
+    until: Instant,
+) -> Result<PosixExit> {
     let started = Instant::now();
-    let mut pause = agent.usual(vm);
-    loop {
-        tokio::time::sleep(pause).await;
+    let (expected, floor) = agent.expected(vm, kind);
+    let mut questions = Questions::new(expected, floor);
+    for question in 0.. {
+        tokio::time::sleep_until((Instant::now() + questions.pause(started.elapsed())).min(until)).await;
         match agent.status(vm, pid).await {
             Ok(Some(exit)) => {
-                agent.learn(vm, started.elapsed());
+                agent.learn(vm, kind, question, started.elapsed());
                 return Ok(exit);
             }
             Ok(None) => {}
@@ -133,10 +170,10 @@ pub(super) async fn follow<L: AgentLink>(agent: &Agent<L>, vm: VmId, pid: i64, u
             Err(error) => return Err(error),
         }
         if Instant::now() >= until {
-            return Err(Error::timed_out("the guest did not tell the end of the operation in time"));
+            break;
         }
-        pause = (started.elapsed() / 10).clamp(MIN_PAUSE, MAX_PAUSE);
     }
+    Err(Error::timed_out("the guest did not tell the end of the operation in time"))
 }
 
 /// Writes a file anew.
@@ -144,13 +181,17 @@ pub(super) async fn write<L: AgentLink>(
     agent: &Agent<L>,
     vm: VmId,
     path: &str,
+    mode: &str,
     parts: &[Bytes],
     until: Instant,
 ) -> Result<()> {
     let mut again = Again::default();
     loop {
-        match write_once(agent, vm, path, parts).await {
-            Err(error) if is_refusal(&error) && error.message().contains("No such file") => {
+        match write_once(agent, vm, path, mode, parts).await {
+            Err(error)
+                if is_refusal(&error)
+                    && ["No such file", "cannot find the path"].iter().any(|part| error.message().contains(part)) =>
+            {
                 return Err(Error::new(ErrorKind::NotFound, "the guest has no folder for it").with_source(error));
             }
             Err(error) if again.may(&error, until) => {
@@ -162,8 +203,8 @@ pub(super) async fn write<L: AgentLink>(
     }
 }
 
-async fn write_once<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, parts: &[Bytes]) -> Result<()> {
-    let handle = agent.open(vm, path, "w").await?;
+async fn write_once<L: AgentLink>(agent: &Agent<L>, vm: VmId, path: &str, mode: &str, parts: &[Bytes]) -> Result<()> {
+    let handle = agent.open(vm, path, mode).await?;
     let result = async {
         let mut piece = BytesMut::with_capacity(PIECE_BYTES);
         for part in parts {

@@ -268,6 +268,82 @@ async fn a_condition_that_another_process_removed_ends_when_its_files_are_missed
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_condition_shows_the_interval_it_wants_and_the_one_it_gets() {
+    let rig = Rig::new().await;
+    rig.flag("1");
+    let id = rig.command(FLAG, seconds(10)).await;
+    let mut stream = rig.executor.watch(id).await.unwrap();
+    assert_eq!(value(&mut stream).await, 1.0);
+    let status = rig.status();
+    assert_eq!((status.interval, status.interval_got, status.lateness_quantiles), (seconds(10), None, None));
+    for _ in 0..20 {
+        value(&mut stream).await;
+    }
+    let status = rig.status();
+    assert_eq!((status.interval_got, status.skipped, status.runs), (Some(seconds(10)), 0, 21));
+    assert!(status.lateness_quantiles.unwrap().p99 <= Duration::from_millis(2), "{status:?}");
+    assert!(status.late_now() <= Duration::from_millis(2));
+
+    // Another operation keeps the machine: no run says that it is late, but it is.
+    let busy = tokio::spawn({
+        let (scheduler, vm) = (rig.scheduler.clone(), rig.vm);
+        async move {
+            let work = async {
+                tokio::time::sleep(seconds(95)).await;
+                Ok(())
+            };
+            scheduler.run_once(vm, "long work", seconds(1000), work).await
+        }
+    });
+    tokio::time::sleep(seconds(90)).await;
+    let late = rig.status().late_now();
+    assert!((seconds(69)..=seconds(81)).contains(&late), "{late:?}");
+    let holder = rig.executor.holder(rig.vm).unwrap();
+    assert_eq!(holder.what, "long work");
+    assert!((seconds(80)..=seconds(90)).contains(&holder.held_for), "{holder:?}");
+    busy.await.unwrap().unwrap();
+    value(&mut stream).await;
+    assert!(rig.status().skipped >= 7, "{:?}", rig.status());
+    assert_eq!(rig.executor.holder(VmId::random()), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn many_streams_of_one_condition_get_every_value_and_each_frees_its_own_seat() {
+    let rig = Rig::new().await;
+    rig.flag("1");
+    let id = rig.command(FLAG, seconds(10)).await;
+    let mut streams = Vec::new();
+    for _ in 0..200 {
+        streams.push(rig.executor.watch(id).await.unwrap());
+    }
+    for round in 0..3 {
+        // All wait for the same value, more than are woken at once.
+        let values = futures::future::join_all(streams.iter_mut().map(value)).await;
+        assert_eq!(values, vec![1.0; streams.len()], "round {round}");
+        let left = streams.len() / 2;
+        streams.truncate(left);
+        assert_eq!(rig.status().watchers, left);
+    }
+    rig.executor.remove(InstallKind::Condition, id).await.unwrap();
+    for mut stream in streams {
+        assert_eq!(next(&mut stream).await.unwrap().unwrap_err().kind(), ErrorKind::NotFound);
+        assert!(next(&mut stream).await.is_none());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_moves_to_another_task_is_woken_there() {
+    let rig = Rig::new().await;
+    rig.flag("1");
+    let id = rig.command(FLAG, seconds(10)).await;
+    let mut stream = rig.executor.watch(id).await.unwrap();
+    assert_eq!(value(&mut stream).await, 1.0);
+    assert!(stream.next().now_or_never().is_none());
+    let elsewhere = tokio::spawn(async move { value(&mut stream).await });
+    assert_eq!(elsewhere.await.unwrap(), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_stream_that_joins_gets_values_from_then_on() {
     let rig = Rig::new().await;
     rig.flag("1");

@@ -75,7 +75,7 @@ fn with_level(vm: VmId) -> ConditionRequest {
 }
 
 async fn watch_error(rig: &Rig, id: InstallId) -> Error {
-    rig.executor.watch(id).await.err().expect("an error")
+    rig.executor.watch(id).await.expect_err("an error")
 }
 
 #[tokio::test(start_paused = true)]

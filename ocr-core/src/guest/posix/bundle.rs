@@ -174,7 +174,8 @@ fn packed(parts: &[Bytes], bytes: usize) -> Option<Bytes> {
 }
 
 fn gzip(parts: &[Bytes]) -> Option<Vec<u8>> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    // A guest's agent takes a few megabytes a second at best: packing well pays more than packing fast.
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::new(6));
     // Writing to memory cannot fail.
     parts.iter().try_for_each(|part| encoder.write_all(part)).ok()?;
     encoder.finish().ok()
@@ -214,5 +215,67 @@ pub(super) fn paths(paths: &[String], limit_bytes: usize) -> Vec<(String, &[Stri
         if rest.is_empty() {
             return texts;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn each_path_is_in_one_text_and_texts_keep_to_the_limit(
+            all in proptest::collection::vec("/[a-z' ]{1,30}", 0..1200), limit_bytes in 100_usize..5000,
+        ) {
+            let texts = paths(&all, limit_bytes);
+            prop_assert!(!texts.is_empty());
+            let named: Vec<_> = texts.iter().flat_map(|(_, these)| these.iter().cloned()).collect();
+            prop_assert_eq!(&named, &all);
+            for (text, these) in texts {
+                prop_assert!(these.len() <= GROUP_FILES && (text.len() <= limit_bytes || these.len() == 1), "{}", text.len());
+                prop_assert!(text.ends_with("true\n#ocr"));
+            }
+        }
+
+        #[test]
+        fn contents_come_in_the_order_of_the_sizes_and_of_the_numbers(
+            sizes in proptest::collection::vec((0_usize..50, 0_u32..3, 0_u8..4), 0..40),
+        ) {
+            let file = |(i, (size, mode, folder)): (usize, &(usize, u32, u8))| PutFile {
+                mode: Some(0o600 + mode), ..PutFile::new(format!("/{folder}/{i}"), vec![i as u8; *size])
+            };
+            let files: Vec<_> = sizes.iter().enumerate().map(file).collect();
+            let bundle = Bundle::of(&files);
+            let stream = bundle.stream_here(false).unwrap();
+            let whole = stream.parts.concat();
+            let text = std::str::from_utf8(&whole[..stream.head_bytes]).unwrap();
+            let mut rest = &whole[stream.head_bytes..];
+            let sizes = text.strip_prefix("sizes='").unwrap().split('\'').next().unwrap();
+            let mut number = 0;
+            for size in sizes.split_whitespace() {
+                let (content, behind) = rest.split_at(size.parse().unwrap());
+                prop_assert_eq!(content, &bundle.file(number).unwrap().content[..]);
+                (rest, number) = (behind, number + 1);
+            }
+            prop_assert!(rest.is_empty() && bundle.file(number).is_none() && number == files.len() as u64);
+        }
+    }
+
+    #[test]
+    fn only_what_becomes_shorter_is_packed() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state as u8
+        };
+        let noise: Vec<u8> = (0..200_000).map(|_| next()).collect();
+        let packed = |content: Vec<u8>| Bundle::of(&[PutFile::new("/f", content)]).stream_here(true).unwrap();
+        assert!(!packed(noise).packed && !packed(b"short".to_vec()).packed);
+        let text = packed(b"line of text\n".repeat(20_000));
+        assert!(text.packed && text.bytes() < 10_000);
     }
 }

@@ -91,6 +91,11 @@ inside() {
 # Writes the next $1 bytes of what was sent to file $2.
 copy() {
     true >"$2" || return
+    # The last is all that is left, and cat is quicker than dd.
+    [ "$sizes" != "$1 " ] || {
+        cat <&5 >>"$2"
+        return
+    }
     [ "$1" -lt 1048576 ] || dd bs=1048576 count=$(($1 / 1048576)) <&5 >>"$2" || return
     [ $(($1 % 1048576)) = 0 ] || dd bs=$(($1 % 1048576)) count=1 <&5 >>"$2"
 }

@@ -57,10 +57,9 @@ hunt() {
 }
 
 # Runs beside the command: bounds its output and ends it at its deadline. That works also when the command, or somebody
-# else, removes our folder: what is needed is open, and word is given by a signal.
+# else, removes our folder: what is needed was opened before, and word is given by a signal.
 watch() {
     detach
-    exec 7<"$d.pids"
     trap : HUP INT QUIT TERM
     prey=' '
     while sleep 1 || sleep 1; do
@@ -207,13 +206,14 @@ run() {
         in=$d.stdin
     fi
     true 4>"$d.pids" 5>"$d.out" 6>"$d.err" || undo fail "cannot write in $base"
-    exec 4>>"$d.pids" 5>>"$d.out" 6>>"$d.err"
+    exec 4>>"$d.pids" 5>>"$d.out" 6>>"$d.err" 7<"$d.pids"
     clock
     end=$((now + deadline))
     late=
     trap late=1 USR1
     watch &
     watch=$!
+    exec 7<&-
     umask 022
     cd /
     : "${PATH:=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin}"

@@ -5,12 +5,16 @@ use uuid::Uuid;
 
 use super::*;
 
+mod sim;
+
+use sim::{SECOND, Sim};
+
 fn vm(number: u128) -> VmId {
     VmId::from_uuid(Uuid::from_u128(number))
 }
 
 fn queue(max_running: usize) -> FairQueue {
-    FairQueue::new(Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 }, false)
+    FairQueue::<()>::new(Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 }, false)
 }
 
 /// The order in which machines get their turn when each operation ends before the next one starts.
@@ -26,30 +30,26 @@ impl FairQueue {
     fn check(&self) {
         let mut ready = 0;
         let mut held = vec![0; self.vms.len()];
-        for op in self.ops.iter().filter(|op| op.place != Place::Free) {
+        for op in self.ops.0.iter().filter(|op| op.place != Place::Free) {
             held[op.vm as usize] += 1;
         }
         assert!(self.vms.iter().map(|vm| vm.operations).eq(held), "operations of a machine are counted");
         for &index in self.by_id.values() {
             let vm = &self.vms[index as usize];
-            for class in Class::BOTH {
-                let lane = &vm.lanes[class as usize];
-                ready += lane.len();
-                let alive = lane.heap.iter().filter(|entry| self.is_alive(entry.item)).count();
-                assert_eq!(alive, lane.len(), "dead entries of a lane are counted");
-                if let Some(head) = lane.heap.peek() {
-                    assert!(self.is_alive(head.item), "the top of a lane is alive");
-                }
-                let held_back =
-                    class == Class::First && vm.first_in_a_row >= TURNS && vm.lanes[Class::Again as usize].len() > 0;
-                let offered = if vm.running.is_some() || !vm.open || held_back {
-                    None
-                } else {
-                    lane.heap.peek().map(|head| head.key.seq)
-                };
-                assert_eq!(lane.listed.map(|listing| listing.key.seq), offered, "an idle machine's head is listed");
-                assert!(lane.heap.len() <= 2 * lane.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
-            }
+            ready += vm.ready();
+            let is_alive = |entry: &ByTag| self.ops.0[entry.op.index()].generation == entry.op.generation;
+            let again = &vm.again;
+            assert_eq!(again.heap.iter().filter(|entry| is_alive(entry)).count(), again.len());
+            assert!(again.heap.peek().is_none_or(is_alive), "the top of a lane is alive");
+            assert!(again.heap.len() <= 2 * again.len() + 2 * DEAD_ALLOWED + 2, "a lane is bounded");
+            let held_back = vm.first_in_a_row >= TURNS && again.len() > 0;
+            let idle = vm.running.is_none() && vm.open;
+            let heads = [
+                vm.first.head().filter(|_| idle && !held_back),
+                again.heap.peek().filter(|_| idle).map(|head| head.op.index),
+            ];
+            let listed = vm.listed.map(|listed| listed.map(|listed| listed.op));
+            assert_eq!(listed, heads, "an idle machine's heads are listed");
             assert!(vm.operations > 0 || vm.is_kept(self.gated) || vm.remembered, "a machine without use is forgotten");
             let news = vm.news(self.gated);
             if let Some(to_tell) = &self.to_tell {
@@ -61,19 +61,19 @@ impl FairQueue {
         for class in Class::BOTH {
             for (ward, heads) in self.heads[class as usize].iter().enumerate() {
                 let alive = |listing: &Listing| {
-                    let vm = &self.vms[listing.item.vm as usize];
-                    vm.lanes[class as usize].lists(listing) && usize::from(vm.on_probation) == ward
+                    let vm = &self.vms[listing.vm as usize];
+                    vm.lists(class, listing) && usize::from(vm.on_probation) == ward
                 };
                 assert_eq!(heads.heap.iter().filter(|head| alive(head)).count(), heads.alive);
                 assert!(heads.heap.len() <= 2 * heads.alive + 2 * DEAD_ALLOWED, "the heads are bounded");
             }
         }
         assert_eq!(ready, self.counters.ready);
-        let in_place = |wanted: fn(Place) -> bool| self.ops.iter().filter(|op| wanted(op.place)).count();
+        let in_place = |wanted: fn(Place) -> bool| self.ops.0.iter().filter(|op| wanted(op.place)).count();
         assert_eq!(in_place(|place| matches!(place, Place::Ready(_))), self.counters.ready);
         assert_eq!(in_place(|place| place == Place::Waiting), self.counters.waiting);
         assert_eq!(in_place(|place| matches!(place, Place::Running { .. })), self.counters.running);
-        assert_eq!(self.timers.len(), self.counters.waiting + self.dead_timers);
+        assert_eq!(self.wheel.len(), self.counters.waiting);
         assert_eq!(self.vms.iter().filter(|vm| vm.on_probation).count(), self.counters.on_probation);
     }
 }
@@ -91,7 +91,7 @@ fn one_machine_runs_one_operation_at_a_time() {
 
 #[test]
 fn a_full_queue_refuses() {
-    let mut queue = FairQueue::new(Limits { max_running: 1, max_per_vm: 1, max_total: 3 }, false);
+    let mut queue = FairQueue::<()>::new(Limits { max_running: 1, max_per_vm: 1, max_total: 3 }, false);
     queue.submit_once(vm(1), 0).unwrap();
     assert_eq!(queue.submit_once(vm(1), 0), Err(Full::Vm));
     queue.start_next(0).unwrap();
@@ -274,7 +274,7 @@ fn cancelling_leaves_no_garbage() {
     queue.cancel(stream);
     queue.check();
     assert_eq!(queue.by_id.len(), 1);
-    assert!(queue.ops.len() <= 3 && queue.vms.len() <= 3);
+    assert!(queue.ops.0.len() <= 3 && queue.vms.len() <= 3);
 }
 
 // --- properties -------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..300),
     ) {
         let limits = Limits { max_running, max_per_vm: 1000, max_total: 1_000_000 };
-        let mut queue = FairQueue::new(limits, gated);
+        let mut queue = FairQueue::<()>::new(limits, gated);
         let mut max_running = max_running;
         let mut open = BTreeMap::new();
         // What was told of a machine, and is so still.
@@ -525,148 +525,6 @@ proptest! {
 
 // --- hours of load, on a simulated clock ------------------------------------------------------------------------
 
-const SECOND: u64 = 1_000_000;
-
-#[derive(Default)]
-struct Stream {
-    interval_us: u64,
-    vm: u128,
-    /// Start of the first re-run counted, of the last one, and how many there were.
-    first_us: u64,
-    last_us: u64,
-    runs: u64,
-    max_gap_us: u64,
-    max_lateness_us: u64,
-}
-
-/// A discrete-event simulation: operations take the time that `length_us` says.
-struct Sim {
-    queue: FairQueue,
-    now: u64,
-    ends: BinaryHeap<Reverse<(u64, OpId, bool)>>,
-    streams: BTreeMap<OpId, Stream>,
-    lateness_us: Vec<u64>,
-    once_since: BTreeMap<OpId, u64>,
-    once_waits_us: Vec<u64>,
-    length_us: u64,
-    hung_from: u128,
-    random: u64,
-}
-
-impl Sim {
-    fn new(max_running: usize, length_us: u64) -> Self {
-        Self {
-            queue: queue(max_running),
-            now: 0,
-            ends: BinaryHeap::new(),
-            streams: BTreeMap::new(),
-            lateness_us: Vec::new(),
-            once_since: BTreeMap::new(),
-            once_waits_us: Vec::new(),
-            length_us,
-            hung_from: u128::MAX,
-            random: 42,
-        }
-    }
-
-    /// Operations take between half and one and a half of their mean length.
-    fn draw_length(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.length_us / 2 + self.random % (self.length_us + 1)
-    }
-
-    fn stream(&mut self, number: u128, interval_us: u64) {
-        let id = self.queue.submit_every(vm(number), interval_us, self.now).unwrap();
-        let stream = Stream { interval_us, vm: number, ..Stream::default() };
-        self.streams.insert(id, stream);
-    }
-
-    fn once(&mut self, number: u128) {
-        let id = self.queue.submit_once(vm(number), self.now).unwrap();
-        self.once_since.insert(id, self.now);
-    }
-
-    fn run_until(&mut self, until: u64) {
-        loop {
-            self.queue.advance(self.now);
-            while let Some(start) = self.queue.start_next(self.now) {
-                let hung = *start.vm.as_uuid() >= Uuid::from_u128(self.hung_from);
-                let length = if hung { 20 * SECOND } else { self.draw_length() };
-                self.ends.push(Reverse((self.now + length, start.op, hung)));
-                let lateness = self.now - start.planned_us;
-                if let Some(since) = self.once_since.remove(&start.op) {
-                    self.once_waits_us.push(self.now - since);
-                } else if start.run > 0 {
-                    let stream = self.streams.get_mut(&start.op).unwrap();
-                    if stream.runs == 0 {
-                        stream.first_us = self.now;
-                    } else {
-                        stream.max_gap_us = stream.max_gap_us.max(self.now - stream.last_us);
-                        stream.max_lateness_us = stream.max_lateness_us.max(lateness);
-                        if !hung {
-                            self.lateness_us.push(lateness * 1000 / stream.interval_us);
-                        }
-                    }
-                    stream.runs += 1;
-                    stream.last_us = self.now;
-                }
-            }
-            let end = self.ends.peek().map_or(u64::MAX, |end| end.0.0);
-            let next = end.min(self.queue.next_due_us().unwrap_or(u64::MAX)).min(until);
-            self.now = next;
-            while let Some(&Reverse((end, id, hung))) = self.ends.peek()
-                && end <= next
-            {
-                self.ends.pop();
-                self.queue.finish(id, next, hung);
-            }
-            if next == until {
-                return;
-            }
-        }
-    }
-
-    /// Forgets what was measured so far: what follows is the steady state.
-    fn measure_from_here(&mut self) {
-        for stream in self.streams.values_mut() {
-            let fresh = Stream { interval_us: stream.interval_us, vm: stream.vm, ..Stream::default() };
-            *stream = fresh;
-        }
-        self.lateness_us.clear();
-        self.once_waits_us.clear();
-    }
-
-    /// Slip of each stream: the interval it got, in intervals it wanted.
-    fn slips(&self) -> Vec<f64> {
-        let slip = |stream: &Stream| {
-            if stream.runs < 2 {
-                return f64::INFINITY;
-            }
-            let got = (stream.last_us - stream.first_us) as f64 / (stream.runs - 1) as f64;
-            got / stream.interval_us as f64
-        };
-        self.streams.values().filter(|stream| stream.vm < self.hung_from).map(slip).collect()
-    }
-
-    fn max_slip(&self) -> f64 {
-        self.slips().into_iter().fold(0.0, f64::max)
-    }
-
-    fn jain(&self) -> f64 {
-        let rates: Vec<f64> = self.slips().into_iter().map(|slip| 1.0 / slip).collect();
-        let (sum, squares) = rates.iter().fold((0.0, 0.0), |(sum, squares), rate| (sum + rate, squares + rate * rate));
-        sum * sum / (rates.len() as f64 * squares)
-    }
-
-    /// Of the lateness, in thousandths of the interval.
-    fn lateness_quantile(&mut self, quantile: f64) -> u64 {
-        self.lateness_us.sort_unstable();
-        self.lateness_us[((self.lateness_us.len() - 1) as f64 * quantile) as usize]
-    }
-}
-
 /// 6 slots, operations of 0.2 s and an interval of 30 s: 900 streams are just what can be served.
 const JUST_SERVED: u128 = 900;
 
@@ -711,26 +569,6 @@ fn opening_again_and_again_gains_little() {
     sim.streams.retain(|_, stream| stream.vm >= 30);
     // All alike would slip by 1.2; if the newest went first, by 1.5.
     assert!(sim.max_slip() < 1.35, "max slip of those that stay {}", sim.max_slip());
-}
-
-#[test]
-fn all_slip_alike_whatever_their_interval() {
-    for load in [0.5, 0.95, 1.05, 1.5, 3.0] {
-        let mut sim = Sim::new(6, SECOND / 10);
-        // Each of the three intervals has a third of the load.
-        for (kind, interval_us) in [2 * SECOND, 10 * SECOND, 60 * SECOND].into_iter().enumerate() {
-            let count = (load * 6.0 * interval_us as f64 / (SECOND / 10) as f64 / 3.0).round() as u128;
-            for number in 0..count {
-                sim.stream((number * 3 + kind as u128) % 97, interval_us);
-            }
-        }
-        sim.run_until(300 * SECOND);
-        sim.measure_from_here();
-        sim.run_until(1200 * SECOND);
-        let least = load.max(1.0);
-        assert!(sim.max_slip() < least * 1.05, "load {load}: max slip {}", sim.max_slip());
-        assert!(sim.jain() > 0.999, "load {load}: Jain {}", sim.jain());
-    }
 }
 
 #[test]
@@ -796,21 +634,6 @@ fn a_long_interval_is_not_forgotten_among_short_ones() {
 }
 
 #[test]
-fn below_saturation_runs_are_on_time() {
-    let mut sim = Sim::new(12, SECOND / 5);
-    // Deployed at once, load 0.95.
-    for number in 0..1710 {
-        sim.stream(number % 171, 30 * SECOND);
-    }
-    // Until the burst of first runs is made good.
-    sim.run_until(360 * SECOND);
-    sim.measure_from_here();
-    sim.run_until(1200 * SECOND);
-    let (half, most) = (sim.lateness_quantile(0.5), sim.lateness_quantile(0.99));
-    assert!(half <= 3 && most <= 14, "lateness p50 {half}, p99 {most} thousandths of the interval");
-}
-
-#[test]
 fn a_flood_of_one_shots_leaves_the_reserve_to_streams() {
     let mut sim = Sim::new(8, SECOND / 5);
     let streams = 300;
@@ -850,16 +673,31 @@ fn one_shots_hardly_wait_while_streams_are_overloaded() {
 }
 
 #[test]
-fn hung_machines_do_not_slow_the_healthy() {
-    let mut sim = Sim::new(24, SECOND / 5);
-    sim.hung_from = 190;
-    // Load 0.8 without the hung ones, which are 5 of 100.
-    for number in 0..2880 {
-        sim.stream(number % 200, 30 * SECOND);
+fn all_slip_alike_whatever_their_interval_and_the_load() {
+    for load in sim::LOADS {
+        let steady = sim::steady(load, 1800);
+        assert!(steady.slip_over_optimum <= 1.03, "load {load}: {steady:?}");
+        assert!(steady.jain >= 0.999, "load {load}: {steady:?}");
+        assert_eq!(steady.starving, 0, "load {load}");
     }
-    sim.run_until(300 * SECOND);
-    sim.measure_from_here();
-    sim.run_until(900 * SECOND);
-    assert!(sim.max_slip() < 1.02, "max slip of the healthy {}", sim.max_slip());
-    assert!(sim.queue.counters().hung > 120, "the hung ones are still tried: {:?}", sim.queue.counters());
+}
+
+#[test]
+fn below_saturation_runs_are_on_time() {
+    for load in sim::LOADS.into_iter().filter(|load| *load <= 0.95) {
+        let late = sim::lateness(load, 600);
+        assert!(late <= 1.0, "load {load}: p99 of lateness over max(2c, 0.01 T) is {late}");
+    }
+}
+
+#[test]
+fn nobody_starves_whatever_comes() {
+    let late_join = sim::late_join();
+    assert!(late_join.starving == 0 && late_join.slip_over_optimum <= 1.03 && late_join.jain > 0.999, "{late_join:?}");
+    let churn = sim::churn();
+    assert_eq!(churn.starving, 0, "{churn:?}");
+    let flood = sim::flood();
+    assert_eq!(flood.starving, 0, "{flood:?}");
+    let hung = sim::hung();
+    assert!(hung.starving == 0 && hung.slip_over_optimum <= 1.02, "{hung:?}");
 }

@@ -1,6 +1,7 @@
 use std::{
     collections::HashMap,
     future::pending,
+    pin::pin,
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
 };
 
@@ -8,7 +9,7 @@ use futures::{FutureExt, future::join_all};
 use tokio::{
     sync::mpsc,
     task::{JoinHandle, yield_now},
-    time::advance,
+    time::{advance, sleep},
 };
 use uuid::Uuid;
 
@@ -208,6 +209,30 @@ async fn a_one_shot_past_its_limit_is_dropped_and_its_machine_is_on_probation() 
     let says_so = scheduler.run_once(vm(1), "says so", LONG, async { Err::<(), _>(Error::timed_out("no answer")) });
     assert_eq!(says_so.await.unwrap_err().message(), "no answer");
     assert!(scheduler.snapshot().vms[0].on_probation);
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_run_past_its_limit_is_dropped_whatever_else_runs() {
+    let scheduler = scheduler(4);
+    let hangs = |number: u128, limit: u32| {
+        let scheduler = scheduler.clone();
+        async move {
+            let begun = Instant::now();
+            let hangs = scheduler.run_once(vm(number), "hangs", limit * SECOND, pending::<Result<()>>());
+            assert_eq!(hangs.await.unwrap_err().kind(), ErrorKind::TimedOut);
+            assert_eq!(begun.elapsed().as_secs(), u64::from(limit));
+        }
+    };
+    let (_release, _blocker) = blocker(&scheduler, vm(9)).await;
+    let _periodic = scheduler.every(vm(8), "condition", 7 * SECOND, LONG, |_| async { Ok(()) }.boxed()).unwrap();
+    for _ in 0..5 {
+        // The later one has to be over first. One slot is for machines that hung.
+        hangs(1, 30).await;
+        at_once(&scheduler, vm(1), ()).await.unwrap();
+        tokio::join!(hangs(1, 20), hangs(2, 5));
+        at_once(&scheduler, vm(1), ()).await.unwrap();
+        at_once(&scheduler, vm(2), ()).await.unwrap();
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use std::{
     fmt,
     sync::{
         Arc, PoisonError, RwLock,
-        atomic::{AtomicI64, AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicI64, Ordering::Relaxed},
     },
     time::Duration,
 };
@@ -38,10 +38,10 @@ pub(super) struct Link {
     pub(super) reads: MultiplexedConnection,
     /// Another one when writes wait for replicas: the server answers nothing on a connection that waits.
     pub(super) writes: MultiplexedConnection,
-    /// A [`Connector::now_us`] plus this is at most the server's time.
+    /// What [`Connector::since_us`] gives, plus this, is at most the server's time.
     offset_us: AtomicI64,
     measured_us: AtomicI64,
-    used_us: AtomicU64,
+    used_us: AtomicI64,
     /// Kept checked out: a check-out for each call costs six times the call.
     _held: Vec<Connection>,
 }
@@ -91,8 +91,8 @@ impl Connector {
         Instant::now() + self.config.deadline
     }
 
-    fn now_us(&self) -> i64 {
-        i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX)
+    fn since_us(&self, at: Instant) -> i64 {
+        i64::try_from(at.saturating_duration_since(self.began).as_micros()).unwrap_or(i64::MAX)
     }
 
     fn current(&self) -> Option<Arc<Link>> {
@@ -111,9 +111,14 @@ impl Connector {
     /// The connections, opened if there are none. An outage that is shorter than a call's deadline is waited out; in a
     /// longer one calls fail at once, but for the one that tries again when it is time.
     pub(super) async fn link(&self, deadline: Instant) -> Result<Arc<Link>, Fault> {
-        if let Some(link) = self.current() {
-            return Ok(link);
+        match self.current() {
+            Some(link) => Ok(link),
+            None => Box::pin(self.new_link(deadline)).await,
         }
+    }
+
+    // Apart, and boxed: the way that nearly all calls take stays small.
+    async fn new_link(&self, deadline: Instant) -> Result<Arc<Link>, Fault> {
         let Ok(mut gate) = timeout_at(deadline, self.gate.lock()).await else {
             return Err(Fault { passing: true, ..away(None) });
         };
@@ -224,13 +229,13 @@ impl Connector {
             writes,
             offset_us: AtomicI64::new(i64::MIN),
             measured_us: AtomicI64::new(i64::MIN),
-            used_us: AtomicU64::new(0),
+            used_us: AtomicI64::new(0),
             _held: held,
         };
         let time = run(&mut link.reads.clone(), cmd("TIME")).await.map_err(on)?;
         let [seconds, micros] = numbers(&time).ok_or_else(|| on(Fault::nonsense("no time")))?;
         self.measure(&link, seconds * 1_000_000 + micros);
-        self.touch(&link);
+        self.touch(&link, Instant::now());
         Ok(link)
     }
 
@@ -320,7 +325,7 @@ impl Connector {
 
     /// Takes note of the server's time, as an answer that has just come said it.
     pub(super) fn measure(&self, link: &Link, server_us: i64) {
-        let now = self.now_us();
+        let now = self.since_us(Instant::now());
         let offset = server_us.saturating_sub(now);
         // The longer an answer took the more it understates, so the greatest is the best until it is old.
         if offset > link.offset_us.load(Relaxed)
@@ -333,21 +338,20 @@ impl Connector {
 
     /// The server's time at a moment of ours, or a little before.
     pub(super) fn server_us(&self, link: &Link, at: Instant) -> i64 {
-        let ours = i64::try_from(at.saturating_duration_since(self.began).as_micros()).unwrap_or(i64::MAX);
-        ours.saturating_add(link.offset_us.load(Relaxed))
+        self.since_us(at).saturating_add(link.offset_us.load(Relaxed))
     }
 
-    fn touch(&self, link: &Link) -> i64 {
-        let now = self.now_us();
-        let before = link.used_us.swap(now.unsigned_abs(), Relaxed);
-        now.saturating_sub(i64::try_from(before).unwrap_or(i64::MAX))
+    /// Takes note that it is in use now, and gives for how long it was not, in µs.
+    fn touch(&self, link: &Link, now: Instant) -> i64 {
+        let now_us = self.since_us(now);
+        now_us.saturating_sub(link.used_us.swap(now_us, Relaxed))
     }
 
     /// The connections for a write: when they have been idle, only after they were tried.
     pub(super) async fn link_for_write(&self, deadline: Instant) -> Result<Arc<Link>, Fault> {
         loop {
             let link = self.link(deadline).await?;
-            if self.touch(&link) < i64::try_from(IDLE.as_micros()).unwrap_or(i64::MAX) {
+            if self.touch(&link, Instant::now()) < i64::try_from(IDLE.as_micros()).unwrap_or(i64::MAX) {
                 return Ok(link);
             }
             let mut writes = link.writes.clone();
@@ -364,11 +368,12 @@ impl Connector {
 
     /// Sends a command that may be sent twice, again over new connections while there is time.
     pub(super) async fn read(&self, command: &Cmd) -> Result<Value> {
-        let deadline = self.deadline();
+        let begun = Instant::now();
+        let deadline = begun + self.config.deadline;
         let (mut pause, mut again) = (PAUSE, false);
         loop {
             let link = self.link(deadline).await.map_err(|fault| fault.error)?;
-            self.touch(&link);
+            self.touch(&link, begun);
             let fault = match timeout_at(deadline, sent(link.reads.clone().send_packed_command(command))).await {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(fault)) => fault,

@@ -13,7 +13,7 @@
 //!   because a server stood still or an answer was lost, it is done before the deadline or never.
 //! - **Reconnecting.** Connections are opened by the first call that needs them and again after trouble, with pauses
 //!   that grow to 2 s. A write that may have been done is never repeated; its caller is told so
-//!   ([`Retry::Ambiguous`]). What surely was not done, and every read, is tried again until the deadline.
+//!   ([`Retry::Ambiguous`](crate::Retry::Ambiguous)). What surely was not done, and every read, is tried again until the deadline.
 //!
 //! # What can be lost
 //! A write that was answered is as durable as the server is set up to be:
