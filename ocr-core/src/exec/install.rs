@@ -47,6 +47,8 @@ struct Job {
     hold: Option<Hold>,
     stored: Option<Stored>,
     written: usize,
+    /// The action may have run.
+    acted: bool,
     output: Option<ExecOutput>,
     boot: Option<BootMark>,
 }
@@ -80,22 +82,30 @@ impl Inner {
             hold: None,
             stored: None,
             written: 0,
+            acted: false,
             output: None,
             boot: None,
             record: record.clone(),
         }));
 
-        let outcome = self
-            .turns(
-                slot,
-                &caller,
-                || begun.load(Ordering::Acquire),
-                || {
-                    let job = job.clone();
-                    Box::pin(async move { job.lock().await.turn().await })
-                },
-            )
-            .await;
+        let outcome = loop {
+            let outcome = self
+                .turns(
+                    slot.clone(),
+                    &caller,
+                    || begun.load(Ordering::Acquire),
+                    || {
+                        let job = job.clone();
+                        Box::pin(async move { job.lock().await.turn().await })
+                    },
+                )
+                .await;
+            // What was copied under a session that has ended since may have been taken away with another install.
+            if outcome.is_ok() && job.lock().await.is_outdated() {
+                continue;
+            }
+            break outcome;
+        };
         // No turn runs any more; this lock is free.
         let mut job = job.lock().await;
         let outcome = match outcome {
@@ -244,8 +254,8 @@ impl Job {
             // not, the record now says that it is being worked on.
             let stage = stored.record.stage;
             match inner.records.advance(stored, stage, STORE_PATIENCE).await {
-                // What others undid meanwhile may have been assets of this one too.
-                Ok(()) if stage == Stage::Copying => self.written = 0,
+                // What others removed meanwhile may have been assets of this one too.
+                Ok(()) if !self.acted => self.written = 0,
                 Ok(()) => {}
                 Err(error) if is_elsewhere(&error) => return Turn::NotYet(error),
                 Err(error) => return Turn::Failed(error),
@@ -270,6 +280,13 @@ impl Job {
             {
                 return if is_elsewhere(&error) { Turn::NotYet(error) } else { Turn::Failed(error) };
             }
+            // The record may have been written across an outage, and the session with it be over.
+            if let Some(fleet) = &inner.fleet
+                && let Err(error) = fleet.permit(vm)
+            {
+                return Turn::NotYet(error);
+            }
+            self.acted = true;
             // The same operation id in every turn: an action that ran while the agent was away is not run again.
             match inner.guest.exec(vm, action).await {
                 Ok(output) if output.success() => self.output = Some(output),
@@ -309,6 +326,12 @@ impl Job {
             }
         }
         Ok((request, next))
+    }
+
+    /// Whether its assets are to be looked after once more.
+    fn is_outdated(&self) -> bool {
+        let of_another = |stored: &Stored| self.inner.records.is_of_another_session(&stored.record);
+        !self.acted && !self.files.is_empty() && self.stored.as_ref().is_some_and(of_another)
     }
 
     /// What comes after the queue: the reboot, and the record that says "installed".

@@ -119,7 +119,7 @@ fn in_memory_no_history_breaks_a_promise() {
     let _alone = ALONE.blocking_lock();
     log();
     // Each seed has a runtime of its own with a paused clock; two run beside each other.
-    let (seeds, began) = (Arc::new(std::sync::Mutex::new(seeds(40))), std::time::Instant::now());
+    let (seeds, began) = (Arc::new(std::sync::Mutex::new(seeds(150))), std::time::Instant::now());
     let worker = || {
         let seeds = Arc::clone(&seeds);
         std::thread::spawn(move || {
