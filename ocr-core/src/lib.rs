@@ -81,6 +81,9 @@ pub mod signal;
 pub mod ssh;
 pub mod state;
 
+#[cfg(test)]
+mod test_log;
+
 pub use compute::{
     ComputeBackend, ComputeBackendExt, ComputeCapabilities, Deletion, Nic, PowerAction, Vm, VmFilter, VmSpec, VmState,
 };

@@ -7,8 +7,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+#[path = "../../../ocr-core/tests/support/redis.rs"]
+mod redis;
+
 mod bad_input;
 mod command_line;
+mod fleet;
 mod flow;
 mod hang;
 mod kill;

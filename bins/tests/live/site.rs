@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     path::PathBuf,
+    process::Command,
     time::{Duration, Instant},
 };
 
@@ -24,6 +25,7 @@ use tokio::sync::SemaphorePermit;
 use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{
+    redis,
     rig::{Rig, TEMPLATE, rig},
     support::{EXECUTOR, MACHINER, SOON, Server, command, keeper, soon, within},
 };
@@ -62,6 +64,24 @@ impl Site {
 
     async fn start(&self, program: &str, port: &str, name: &str) -> (Server, Channel) {
         let mut command = command(program);
+        self.set_up(&mut command, port);
+        command.env("STATE_FILE", self.state(name));
+        self.run(command, name).await
+    }
+
+    /// An Executor more, which shares its records with the others on this Redis.
+    pub(crate) async fn executor_on(&self, redis: &redis::Server, lease: Duration, name: &str) -> (Server, Channel) {
+        let mut command = command(EXECUTOR);
+        self.set_up(&mut command, "EXECUTOR_PORT");
+        command.envs([
+            ("REDIS_HOST", "127.0.0.1"),
+            ("REDIS_PORT", &redis.port.to_string()),
+            ("LEASE_TTL", &lease.as_secs().to_string()),
+        ]);
+        self.run(command, name).await
+    }
+
+    fn set_up(&self, command: &mut Command, port: &str) {
         command
             .envs([
                 ("GLOBAL_HOST", "127.0.0.1"),
@@ -76,8 +96,10 @@ impl Site {
                 // What the start does not put in order is to be seen.
                 ("RECONCILE_INTERVAL", "3600"),
             ])
-            .env("PACKAGE_DIR", &self.packages)
-            .env("STATE_FILE", self.state(name));
+            .env("PACKAGE_DIR", &self.packages);
+    }
+
+    async fn run(&self, command: Command, name: &str) -> (Server, Channel) {
         let server = Server::start(command, &self.folder.join(format!("{name}.log")));
         server.serving(BOOT).await;
         let channel = server.channel().await;
@@ -260,7 +282,7 @@ impl Drop for Site {
 
 /// A condition's stream.
 #[derive(Debug)]
-pub(crate) struct Values(Streaming<ConditionStreamResponse>);
+pub(crate) struct Values(pub(crate) Streaming<ConditionStreamResponse>);
 
 impl Values {
     /// The next value, or how the stream ended.

@@ -105,6 +105,7 @@ mod tests {
     impl Log {
         /// Starts to record what this thread logs, spans when they close.
         fn start(&self) -> tracing::subscriber::DefaultGuard {
+            crate::test_log::listen();
             let log = self.clone();
             let subscriber = tracing_subscriber::fmt()
                 .json()

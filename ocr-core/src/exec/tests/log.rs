@@ -18,6 +18,7 @@ pub(super) struct Log(Arc<Mutex<Vec<String>>>);
 impl Log {
     /// Keeps everything, the finest levels too, until the guard is dropped.
     pub(super) fn start() -> (Self, DefaultGuard) {
+        crate::test_log::listen();
         let log = Self::default();
         let guard = tracing::subscriber::set_default(log.clone());
         (log, guard)
