@@ -38,6 +38,8 @@ pub(super) struct Keeper {
     /// What the record says we want.
     wanted: u32,
     short: bool,
+    /// There was a renewal: who is still short says so again, since it may not have been heard.
+    remind: bool,
     /// When we went from nothing to something.
     since: Instant,
     warned: bool,
@@ -46,7 +48,17 @@ pub(super) struct Keeper {
 impl Keeper {
     pub(super) fn new(shared: Arc<Shared>, me: MemberId) -> Result<Self> {
         let key = Key::new("quota")?;
-        Ok(Self { shared, me, key, held: 0, wanted: 0, short: true, since: Instant::now(), warned: false })
+        Ok(Self {
+            shared,
+            me,
+            key,
+            held: 0,
+            wanted: 0,
+            short: true,
+            remind: false,
+            since: Instant::now(),
+            warned: false,
+        })
     }
 
     /// Runs until it is dropped, which is when the session ends.
@@ -69,6 +81,7 @@ impl Keeper {
                 let demand = self.demand();
                 // No work for the store as long as what we hold is enough, or what we want is written down already. A
                 // member that could use more also looks when others gave, and at each renewal: one may have died.
+                self.remind |= now.ticks != before.ticks;
                 let others = now.freed != before.freed || now.ticks != before.ticks;
                 if now.asked != before.asked || demand > self.held && (others || demand > self.wanted) {
                     break;
@@ -150,10 +163,11 @@ impl Keeper {
         if plan.held < before {
             self.shared.call(Call::Freed(self.me)).await;
         }
-        if plan.short && (!self.short || plan.next != *quota) {
+        // Not each time: two that are short would ask each other for ever.
+        if plan.short && (self.remind || !self.short || plan.next != *quota) {
             self.shared.call(Call::Short(self.me)).await;
         }
-        self.short = plan.short;
+        (self.short, self.remind) = (plan.short, false);
         Ok(true)
     }
 

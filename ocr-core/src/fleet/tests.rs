@@ -378,6 +378,24 @@ async fn together_they_have_as_many_slots_as_the_limit_and_they_go_where_the_wor
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_is_short_and_was_not_heard_asks_again() {
+    let rig = Rig::new();
+    let one = rig.joined(8).await;
+    *lock(&one.gates.demand) = 8;
+    until("it has all", || *one.gates.slots.borrow() == 8).await;
+    *lock(&one.gates.demand) = 0;
+    rig.signals.deaf.store(true, Ordering::Relaxed);
+    let two = rig.joined(8).await;
+    *lock(&two.gates.demand) = 4;
+    // It has said that it is short, and nobody heard.
+    tokio::time::sleep(TTL / 2).await;
+    assert_eq!(*two.gates.slots.borrow(), 0);
+    rig.signals.deaf.store(false, Ordering::Relaxed);
+    let took = until("it gets what the other one does not need", || *two.gates.slots.borrow() >= 4).await;
+    assert!(took <= TTL, "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn nothing_is_asked_of_the_store_while_nothing_changes_but_the_renewals() {
     let rig = Rig::new();
     let (a, b) = (rig.joined(10).await, rig.joined(10).await);
