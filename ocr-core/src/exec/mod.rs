@@ -87,6 +87,7 @@ use self::{
     record::{Record, Records, Stage, Stored, StoredProbe},
     remove::{Removal, Removed},
     secrets::Secrets,
+    stamp::Stamped,
 };
 use crate::{
     ComputeBackend, Deletion, Error, ErrorKind, GuestExec, InstallId, Result, Retry, StateStore, VmId,
@@ -108,6 +109,7 @@ mod recover;
 mod remove;
 mod request;
 mod secrets;
+mod stamp;
 mod stream;
 mod turns;
 mod value;
@@ -392,7 +394,7 @@ impl Executor {
             Some(fleet) => {
                 (Arc::new(Guarded::new(fleet.clone(), guest)), Arc::new(Guarded::new(fleet.clone(), compute)))
             }
-            None => (guest, compute),
+            None => (Arc::new(Stamped::new(guest)), compute),
         };
         let inner = Arc::new(Inner {
             guest,
