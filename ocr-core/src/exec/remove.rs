@@ -195,6 +195,11 @@ impl Inner {
         if record.assets.is_empty() {
             return Ok(());
         }
+        if record.stage == Stage::Copying {
+            // Under our token: lets a copy that a killed process had under way end, and refuses one that has not begun. Only
+            // then is what is there the last word.
+            self.guest.remove_files(record.vm, &RemoveFiles::default()).await?;
+        }
         let shared = self.paths_of_others(record).await?;
         let mut request = RemoveFiles::default();
         for asset in record.assets.iter().rev().filter(|asset| !shared.contains(&asset.path)) {
