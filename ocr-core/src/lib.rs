@@ -67,6 +67,8 @@ pub mod error;
 pub mod exec;
 pub mod fleet;
 pub mod guest;
+#[cfg(feature = "http")]
+pub mod http;
 pub mod id;
 pub mod image;
 pub mod layer;

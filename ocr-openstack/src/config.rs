@@ -1,7 +1,8 @@
 //! The settings, checked as a whole.
 
-use std::{fmt, path::PathBuf};
+use std::fmt;
 
+use ocr_core::http::Certificates;
 use reqwest::Url;
 use secrecy::SecretString;
 
@@ -41,17 +42,6 @@ pub enum Credential {
         /// The project's name.
         project: String,
     },
-}
-
-/// Which certificates are believed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Certificates {
-    /// Those that the system believes.
-    System,
-    /// Those too that this PEM file vouches for.
-    SystemAnd(PathBuf),
-    /// All of them, whoever made them. Only for laboratories.
-    Unchecked,
 }
 
 /// One setting that cannot stay as it is.

@@ -1,8 +1,8 @@
 //! From OpenStack's answers to [`ocr_core::Error`].
 
-use std::{error::Error as StdError, io};
+use std::error::Error as StdError;
 
-use ocr_core::{Error, ErrorKind, Retry, error::reason};
+use ocr_core::{Error, ErrorKind, Retry, error::reason, http};
 use reqwest::StatusCode;
 use serde_json::Value;
 
@@ -117,7 +117,7 @@ fn plain(text: &str) -> String {
 pub(crate) fn from_transport(error: reqwest::Error) -> Error {
     // The address is said once, by the resource of the error.
     let error = error.without_url();
-    if is_bad_certificate(&error) {
+    if http::is_bad_certificate(&error) {
         return Error::unavailable(
             "the certificate cannot be verified; name its authority in OCR_CA_FILE or set GLOBAL_INSECURE",
         )
@@ -136,21 +136,6 @@ pub(crate) fn from_transport(error: reqwest::Error) -> Error {
         return Error::internal("the request cannot be built").with_source(error);
     }
     Error::unavailable("the connection broke").with_retry(Retry::Ambiguous).with_source(error)
-}
-
-fn is_bad_certificate(error: &reqwest::Error) -> bool {
-    let mut cause = error.source();
-    while let Some(current) = cause {
-        if matches!(current.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
-        }
-        // An `io::Error` leaves the error that it wraps out of `source`.
-        cause = match current.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => current.source(),
-        };
-    }
-    false
 }
 
 #[cfg(test)]

@@ -34,5 +34,6 @@ mod error;
 mod http;
 mod identity;
 
-pub use config::{Certificates, Config, ConfigFault, ConfigFaults, Credential};
+pub use config::{Config, ConfigFault, ConfigFaults, Credential};
 pub use identity::{Identity, Interface, Session};
+pub use ocr_core::http::Certificates;

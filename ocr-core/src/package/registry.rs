@@ -40,6 +40,7 @@ use super::{
     Package, PackageKind, PackageSource, PackageSummary, Requirement, UnpackLimits, blocking, disk_error, hex, listed,
     manifest, not_found, unpack,
 };
+pub use crate::http::Certificates;
 use crate::{Error, ErrorKind, Result, Retry, error::reason, id::shown};
 
 mod cache;
@@ -115,18 +116,6 @@ impl Config {
     pub fn check(&self) -> Result<()> {
         wire::base(&self.url).map(drop)
     }
-}
-
-/// Which certificates are believed.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub enum Certificates {
-    /// Those that the system believes.
-    #[default]
-    System,
-    /// Those too that this PEM file vouches for.
-    SystemAnd(PathBuf),
-    /// All of them, whoever made them. Only for laboratories.
-    Unchecked,
 }
 
 /// A [`PackageSource`] over a Deputy registry. Cloning is cheap; all clones share one cache.

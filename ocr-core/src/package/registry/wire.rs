@@ -1,13 +1,13 @@
 //! [`Api`]: the registry's HTTP interface, one function per call.
 
-use std::{error::Error as StdError, fs, io, time::Duration};
+use std::time::Duration;
 
-use reqwest::{Certificate, Client, Method, RequestBuilder, Response, StatusCode, Url, header, redirect, tls};
+use reqwest::{Client, Method, RequestBuilder, Response, StatusCode, Url, header};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, de::DeserializeOwned};
 
-use super::{Certificates, Config};
-use crate::{Error, ErrorKind, Result, Retry, error::reason, package::PackageKind};
+use super::Config;
+use crate::{Error, ErrorKind, Result, Retry, error::reason, http, package::PackageKind};
 
 /// The largest answer that is read but for archives, in bytes: 16 MiB.
 const BODY_LIMIT_BYTES: usize = 16 << 20;
@@ -175,35 +175,11 @@ pub(super) fn base(text: &str) -> Result<Url> {
 }
 
 fn client(config: &Config) -> Result<Client> {
-    // One crypto library for the whole process; whoever came first has chosen it.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mut builder = Client::builder()
+    let builder = http::builder(&config.certificates, "DEPUTY_CA_FILE", "the package registry")?
         .user_agent(concat!("ocr-core/", env!("CARGO_PKG_VERSION")))
         .connect_timeout(config.connect_deadline)
-        .read_timeout(config.stall_deadline)
-        // Else it reads `HTTPS_PROXY` and its like from the environment, which is not for a library to do.
-        .no_proxy()
-        .tls_version_min(tls::Version::TLS_1_2)
-        // A redirect would carry the token to whom it names.
-        .redirect(redirect::Policy::none());
-    match &config.certificates {
-        Certificates::System => {}
-        Certificates::SystemAnd(file) => {
-            let wrong = |what: &str| Error::invalid("DEPUTY_CA_FILE", format_args!("{what}: {}", file.display()));
-            let pem = fs::read(file).map_err(|error| wrong("cannot be read").with_source(error))?;
-            let authorities = Certificate::from_pem_bundle(&pem)
-                .map_err(|error| wrong("wants certificates as PEM").with_source(error))?;
-            if authorities.is_empty() {
-                return Err(wrong("has no certificate"));
-            }
-            builder = builder.tls_certs_merge(authorities);
-        }
-        Certificates::Unchecked => {
-            tracing::warn!("certificates of the package registry are not checked (GLOBAL_INSECURE)");
-            builder = builder.tls_danger_accept_invalid_certs(true);
-        }
-    }
-    builder.build().map_err(|error| Error::internal("the HTTP client cannot be made").with_source(error))
+        .read_timeout(config.stall_deadline);
+    http::build(builder)
 }
 
 /// What only reads can always be asked for again.
@@ -236,7 +212,7 @@ pub(super) fn from_status(status: StatusCode) -> Error {
 pub(super) fn from_transport(error: reqwest::Error) -> Error {
     // The address is said once, in the log at start.
     let error = error.without_url();
-    if is_bad_certificate(&error) {
+    if http::is_bad_certificate(&error) {
         return down(
             "the package registry's certificate cannot be verified; name its authority in DEPUTY_CA_FILE or set \
              GLOBAL_INSECURE",
@@ -254,21 +230,6 @@ pub(super) fn from_transport(error: reqwest::Error) -> Error {
         "the connection to the package registry broke"
     };
     down(message).with_source(error)
-}
-
-fn is_bad_certificate(error: &reqwest::Error) -> bool {
-    let mut cause = error.source();
-    while let Some(current) = cause {
-        if matches!(current.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
-        }
-        // An `io::Error` leaves the error that it wraps out of `source`.
-        cause = match current.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => current.source(),
-        };
-    }
-    false
 }
 
 #[cfg(test)]
